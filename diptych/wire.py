@@ -1,0 +1,162 @@
+"""What our own processes say to each other.
+
+Router and workers speak HTTP (see docs/protocol.md); a worker's HTTP process and its engine process speak
+the messages below, msgpack over ZeroMQ. Times are seconds; token ids are ints of the model's vocabulary.
+"""
+
+from typing import Any, Literal
+
+import msgspec
+
+Role = Literal["CONTEXT", "GENERATION", "BOTH"]
+RequestType = Literal["context_and_generation", "context_only", "generation_only"]
+FinishReason = Literal["stop", "length", "cancelled", "error", "timeout"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How to draw the tokens of one sequence. `seed` is always set: the edge draws one when the user gives none."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+    logit_bias: dict[int, float] = {}
+    num_logprobs: int | None = None  # None: off; n: the chosen token's and the n most likely ones'
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+class Submit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="submit"):
+    """HTTP process to engine: one sequence to run. Stop strings stay with the HTTP process, which owns the text.
+
+    ``context_only``: compute the prompt, draw one token, hold the KV blocks and answer with a ticket.
+    ``generation_only``: `output_token_ids` were drawn elsewhere (at least one); fetch the prompt's KV with
+    `ticket`, or compute it when that fails or when there is no ticket, and go on.
+    """
+
+    request_id: str  # unique per sequence, for example "cmpl-1a2b/0"
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    request_type: RequestType = "context_and_generation"
+    output_token_ids: list[int] = []
+    ticket: bytes | None = None
+    timeout_s: float | None = None
+    cache_salt: str = ""
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    request_id: str
+
+
+class Release(msgspec.Struct, frozen=True, tag="release"):
+    """Return the blocks that a ticket holds; unknown tickets are ignored."""
+
+    ticket_id: str
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    pass
+
+
+ToEngine = Submit | Abort | Release | Shutdown
+
+
+class Logprob(msgspec.Struct, frozen=True, array_like=True):
+    """Natural-log probabilities of one drawn token, before temperature and truncation."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]] = []  # most likely first
+
+
+class SequenceTimes(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Durations of the stages before a sequence's first token here; they sum to the engine's part of TTFT."""
+
+    queue_s: float = 0.0  # submit to first scheduled (or fetch started)
+    fetch_s: float = 0.0  # whole KV fetch, 0 when none
+    prefill_s: float = 0.0  # first scheduled (or fetched) to first token
+    wire_s: float = 0.0  # part of fetch_s that was copying
+    wire_bytes: int = 0
+    transport: str = ""
+
+
+class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Engine to HTTP process: what one step brought for one sequence. Exactly one event has `finish_reason`."""
+
+    request_id: str
+    token_ids: list[int] = []
+    logprobs: list[Logprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None  # set when a stop token (not the model's own EOS) ended it
+    error: str | None = None  # with finish_reason "error"
+    error_status: int = 500
+    ticket: bytes | None = None  # context_only: with the first token
+    ticket_id: str | None = None
+    num_cached_tokens: int | None = None  # with the first event
+    times: SequenceTimes | None = None  # with the first token
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A snapshot for /metrics, sent at most every 100 ms and when the engine goes idle."""
+
+    free_blocks: int = 0
+    cached_blocks: int = 0
+    active_blocks: int = 0
+    leased_blocks: int = 0
+    total_blocks: int = 0
+    tokens_per_block: int = 0
+    waiting: int = 0
+    running: int = 0
+    fetching: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generation_tokens: int = 0
+    preemptions: int = 0
+    fetches: int = 0
+    fetch_failures: dict[str, int] = {}
+    fetch_bytes: int = 0
+    fetch_s: float = 0.0
+    leases_expired: int = 0
+    iteration: dict[str, Any] | None = None  # the last step, when enable_iter_perf_stats is on
+
+
+class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
+    """First message of an engine: it can take requests now."""
+
+    pid: int
+    incarnation: str
+    max_seq_len: int
+    layout: dict[str, Any]
+    num_blocks: int
+    kernel: str  # which kernels run the model, for the log and /server_info
+    load_s: float = 0.0
+
+
+class EngineFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
+    """Instead of EngineReady: why the engine cannot start, in one sentence."""
+
+    message: str
+
+
+class EngineProgress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
+    """Before EngineReady: what it is busy with."""
+
+    message: str
+    fraction: float | None = None
+
+
+class EngineOutput(msgspec.Struct, frozen=True, kw_only=True, tag="output", omit_defaults=True):
+    """Everything one step brought, in one message."""
+
+    events: list[TokenEvent] = []
+    stats: EngineStats | None = None
+
+
+FromEngine = EngineReady | EngineFailed | EngineProgress | EngineOutput
