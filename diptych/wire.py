@@ -11,6 +11,7 @@ import msgspec
 Role = Literal["CONTEXT", "GENERATION", "BOTH"]
 RequestType = Literal["context_and_generation", "context_only", "generation_only"]
 FinishReason = Literal["stop", "length", "cancelled", "error", "timeout"]
+WorkerState = Literal["STARTING", "READY", "DRAINING"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -160,3 +161,16 @@ class EngineOutput(msgspec.Struct, frozen=True, kw_only=True, tag="output", omit
 
 
 FromEngine = EngineReady | EngineFailed | EngineProgress | EngineOutput
+
+
+class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One worker as a registry announces it. What the announcer does not know stays empty: the router asks."""
+
+    worker_id: str
+    url: str  # http://host:port
+    role: Role
+    model: str = ""
+    incarnation: str = ""  # changes with every start of the process
+    state: WorkerState = "READY"
+    layout: str = ""  # fingerprint of its KV layout
+    load: dict[str, float] = {}

@@ -1,0 +1,225 @@
+"""The disaggregated server's YAML file: settings of the router, worker URLs, and options of workers for `up`.
+
+Top-level keys that are worker options hold for both sections, as in TensorRT-LLM; a section that differs is an
+error. Knows nothing of sockets: URLs stay as they are written.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from diptych.config.decode import decode, field_names, unknown_key
+from diptych.config.llm import LlmConfig, LogLevel
+from diptych.config.metadata import MetadataConfig
+from diptych.config.notices import Notices
+from diptych.config.sections import NonNegativeInt, PositiveFloat, PositiveInt
+from diptych.config.upstream import is_worker_option, normalize
+from diptych.config.yaml_file import read_mapping
+from diptych.errors import ConfigError
+
+_NO_EFFECT = frozenset(
+    [
+        "allow_request_chat_template",
+        "bind_host",
+        "conditional_disagg_config",
+        "disagg_coordinator_url",
+        "gen_strip_message_history",
+        "gen_tokids_ctxbytes",
+        "internal_request_auth_key",
+        "otlp_config",
+        "perf_metrics_output_dir",
+    ]
+)
+_NOT_FOR_SECTIONS = frozenset(("host", "port", "listen_fd", "server_role", "model", "log_level"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterSection:
+    """How workers of one role are chosen. `options` belong to the policy that `type` names."""
+
+    type: str = "round_robin"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSection:
+    """The workers of one role. `options` are worker options that `up` starts them with."""
+
+    num_instances: NonNegativeInt | None = None
+    urls: tuple[str, ...] = ()
+    router: RouterSection = field(default_factory=RouterSection)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        return len(self.urls) if self.num_instances is None else self.num_instances
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MinimalInstances:
+    context_servers: NonNegativeInt = 1
+    generation_servers: NonNegativeInt = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DisaggCluster:
+    """Service discovery instead of static urls."""
+
+    cluster_uri: str
+    cluster_name: str = ""
+    minimal_instances: MinimalInstances = field(default_factory=MinimalInstances)
+    heartbeat_interval_sec: PositiveFloat = 5.0
+    inactive_timeout_sec: PositiveFloat = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DisaggConfig:
+    hostname: str = "localhost"
+    port: NonNegativeInt = 8000
+    listen_fd: NonNegativeInt | None = None  # an inherited listening socket, instead of hostname and port
+    model: str | None = None
+    backend: str | None = None
+    context_servers: ServerSection = field(default_factory=ServerSection)
+    generation_servers: ServerSection = field(default_factory=ServerSection)
+    max_retries: NonNegativeInt = 1
+    request_timeout_s: PositiveFloat = 180.0
+    server_start_timeout_s: PositiveFloat = 180.0
+    schedule_style: Literal["context_first", "generation_first"] = "context_first"
+    disagg_cluster: DisaggCluster | None = None
+    metadata_server: MetadataConfig | None = None
+    max_body_bytes: PositiveInt = 64 * 2**20
+    num_workers: PositiveInt = 1  # router processes
+    server_keep_alive_timeout: PositiveFloat = 10.0  # seconds
+    perf_metrics_max_requests: NonNegativeInt = 0
+    node_id: NonNegativeInt | None = None
+    log_level: LogLevel = "info"
+
+
+def load_disagg_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> DisaggConfig:
+    """`overrides`: fields of DisaggConfig that the command line gave; they win over the file."""
+    return disagg_config(read_mapping(path), source=str(path), overrides=overrides)
+
+
+def disagg_config(
+    data: Mapping[str, Any], *, source: str, overrides: Mapping[str, Any] | None = None
+) -> DisaggConfig:
+    notices = Notices()
+    own = field_names(DisaggConfig) - {"metadata_server", "context_servers", "generation_servers"}
+    settings: dict[str, Any] = {}
+    inherited: dict[str, Any] = {}
+    for key, value in data.items():
+        if key in ("context_servers", "generation_servers"):
+            continue
+        if key in own:
+            settings[key] = value
+        elif key in _NO_EFFECT:
+            notices.warn(f"{source}: accepted, no effect in this version: {key}")
+        elif is_worker_option(key, field_names(LlmConfig)):
+            inherited[key] = value
+        else:
+            known = own | field_names(LlmConfig) | {"context_servers", "generation_servers"}
+            raise unknown_key(key, known, source=source)
+    if settings.get("disagg_cluster") is not None:
+        settings["disagg_cluster"] = _cluster(settings["disagg_cluster"], source, notices)
+    for role in ("context_servers", "generation_servers"):
+        settings[role] = _section(data.get(role), role, inherited, settings, source, notices)
+    if settings.get("schedule_style") == "generation_first":
+        notices.warn(f"{source}: schedule_style generation_first runs as context_first in this version")
+    config = decode({**settings, **(overrides or {})}, DisaggConfig, source=source)
+    if config.port > 65535:
+        raise ConfigError(f"{source}: port must be from 0 to 65535, not {config.port}")
+    return config
+
+
+def _section(
+    data: Any,
+    role: str,
+    inherited: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    source: str,
+    notices: Notices,
+) -> dict[str, Any]:
+    if data is None:
+        data = {}
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{source}: {role} must be a mapping, not {data!r}")
+    options: dict[str, Any] = {}
+    for key, value in data.items():
+        if key in ("num_instances", "urls", "router"):
+            continue
+        if not is_worker_option(key, field_names(LlmConfig) - _NOT_FOR_SECTIONS) and key != "model":
+            known = (field_names(LlmConfig) - _NOT_FOR_SECTIONS) | {"num_instances", "urls", "router"}
+            raise unknown_key(f"{role}.{key}", known, source=source)
+        above = inherited.get(key, settings.get(key) if key in ("model", "backend") else None)
+        if above is not None and above != value:
+            raise ConfigError(
+                f"{source}: {role}.{key} is {value!r}, but the top level says {above!r}; write it once"
+            )
+        options[key] = value
+    options = {key: value for key, value in {**inherited, **options}.items() if key != "model"}
+    options = normalize(options, source=f"{source}: {role}", notices=notices)
+    decode({"model": "", **options}, LlmConfig, source=f"{source}: {role}")
+    section: dict[str, Any] = {"options": options, "router": _router(data.get("router"), role, source)}
+    if data.get("num_instances") is not None:
+        section["num_instances"] = data["num_instances"]
+    section["urls"] = _urls(data.get("urls"), role, source)
+    _check_count(section, role, source)
+    return section
+
+
+def _router(data: Any, role: str, source: str) -> dict[str, Any]:
+    if data is None:
+        return {}
+    if not isinstance(data, Mapping):
+        raise ConfigError(
+            f"{source}: {role}.router must be a mapping such as {{type: round_robin}}, not {data!r}"
+        )
+    options = {key: value for key, value in data.items() if key != "type"}
+    return {"type": data.get("type", "round_robin"), "options": options}
+
+
+def _urls(data: Any, role: str, source: str) -> list[str]:
+    if data is None:
+        return []
+    if not isinstance(data, list):
+        raise ConfigError(f'{source}: {role}.urls must be a list such as ["localhost:8001"], not {data!r}')
+    for url in data:
+        _check_url(url, f"{source}: {role}.urls")
+    duplicates = sorted({url for url in data if data.count(url) > 1})
+    if duplicates:
+        raise ConfigError(f"{source}: {role}.urls names {duplicates[0]} more than once")
+    return list(data)
+
+
+def _check_url(url: Any, where: str) -> None:
+    example = 'must look like "localhost:8001" or "http://host:8001"'
+    if not isinstance(url, str):
+        raise ConfigError(f"{where} {example}, not {url!r}")
+    try:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        complete = bool(parts.hostname) and parts.port is not None
+    except ValueError as error:
+        raise ConfigError(f"{where} {example}, not {url!r}: {error}") from error
+    if not complete or parts.scheme not in ("http", "https"):
+        raise ConfigError(f"{where} {example}, not {url!r}")
+
+
+def _check_count(section: Mapping[str, Any], role: str, source: str) -> None:
+    count, urls = section.get("num_instances"), section["urls"]
+    if isinstance(count, int) and urls and count != len(urls):
+        raise ConfigError(
+            f"{source}: {role}.num_instances is {count}, but {role}.urls names {len(urls)}; they must agree"
+        )
+
+
+def _cluster(data: Any, source: str, notices: Notices) -> Any:
+    """TensorRT-LLM's README writes inactive_interval_sec for inactive_timeout_sec."""
+    if not isinstance(data, Mapping) or "inactive_interval_sec" not in data:
+        return data
+    notices.warn(f"{source}: disagg_cluster.inactive_interval_sec is read as inactive_timeout_sec")
+    cluster = dict(data)
+    cluster.setdefault("inactive_timeout_sec", cluster.pop("inactive_interval_sec"))
+    cluster.pop("inactive_interval_sec", None)
+    return cluster

@@ -1,0 +1,186 @@
+"""HTTP/1.1 as a client of workers reads it: pure state, bytes in and bytes out, no I/O.
+
+Does only what our workers and common HTTP servers send; anything else is a MalformedResponse.
+"""
+
+from typing import Protocol
+
+MAX_HEAD_BYTES = 64 * 1024
+_MAX_SIZE_LINE = 1024
+
+
+class MalformedResponse(Exception):
+    """What came is not an HTTP/1.1 response."""
+
+
+def build_request(method: str, path: str, netloc: str, headers: bytes, body: bytes) -> bytes:
+    """A whole request as one buffer, for one write. `headers` are ready lines, each ended by CRLF."""
+    if not body:
+        return b"%b %b HTTP/1.1\r\nHost: %b\r\n%b\r\n" % (
+            method.encode(),
+            path.encode(),
+            netloc.encode(),
+            headers,
+        )
+    return (
+        b"%b %b HTTP/1.1\r\nHost: %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%b\r\n%b"
+        % (
+            method.encode(),
+            path.encode(),
+            netloc.encode(),
+            len(body),
+            headers,
+            body,
+        )
+    )
+
+
+class Head:
+    """Status line and headers. Headers are searched in place: few of them are ever looked at."""
+
+    __slots__ = ("_lower", "_raw", "status")
+
+    def __init__(self, raw: bytes) -> None:
+        if not raw.startswith(b"HTTP/1.") or raw[8:9] != b" " or not raw[9:12].isdigit():
+            raise MalformedResponse(f"a response begins with {raw[:32]!r}")
+        self.status = int(raw[9:12])
+        self._raw = raw
+        self._lower = raw.lower()
+
+    def get(self, name: bytes) -> bytes | None:
+        """The value of the first header of this (lower-case) name."""
+        start = self._lower.find(b"\r\n%b:" % name)
+        if start < 0:
+            return None
+        start += len(name) + 3
+        end = self._raw.find(b"\r\n", start)
+        return self._raw[start : len(self._raw) if end < 0 else end].strip()
+
+    def text(self, name: str) -> str | None:
+        value = self.get(name.encode())
+        return None if value is None else value.decode("latin-1")
+
+    @property
+    def keep_alive(self) -> bool:
+        if self._raw.startswith(b"HTTP/1.0"):
+            return False
+        return b"close" not in (self.get(b"connection") or b"").lower()
+
+    def body(self) -> "Body":
+        """The reader of the body that this head announces."""
+        if self.status in (204, 304):
+            return LengthBody(0)
+        if b"chunked" in (self.get(b"transfer-encoding") or b"").lower():
+            return ChunkedBody()
+        length = self.get(b"content-length")
+        if length is None:
+            return CloseBody()
+        if not length.isdigit():
+            raise MalformedResponse(f"Content-Length is {length!r}")
+        return LengthBody(int(length))
+
+
+class Body(Protocol):
+    done: bool
+    excess: bool  # bytes came after the end: the connection cannot carry another response
+    ends_at_close: bool
+
+    def feed(self, data: bytes) -> bytes:
+        """Take what was read, give the payload that is complete."""
+
+
+class LengthBody:
+    __slots__ = ("_left", "done", "ends_at_close", "excess")
+
+    def __init__(self, length: int) -> None:
+        self._left = length
+        self.done = length == 0
+        self.excess = False
+        self.ends_at_close = False
+
+    def feed(self, data: bytes) -> bytes:
+        if len(data) > self._left:
+            self.excess = True
+            data = data[: self._left]
+        self._left -= len(data)
+        self.done = self._left == 0
+        return data
+
+
+class CloseBody:
+    """A body without a length: it ends with the connection."""
+
+    __slots__ = ("done", "ends_at_close", "excess")
+
+    def __init__(self) -> None:
+        self.done = False
+        self.excess = False
+        self.ends_at_close = True
+
+    def feed(self, data: bytes) -> bytes:
+        return data
+
+
+class ChunkedBody:
+    """Gives whole chunks only.
+
+    Workers write one chunk for the events of one step, so a stream that breaks off never leaves half an event
+    with the client.
+    """
+
+    __slots__ = ("_held", "_missing", "done", "ends_at_close", "excess")
+
+    def __init__(self) -> None:
+        self._held: list[bytes] = []  # the beginning of a chunk whose end has not come
+        self._missing = 0  # bytes without which looking at it again is useless
+        self.done = False
+        self.excess = False
+        self.ends_at_close = False
+
+    def feed(self, data: bytes) -> bytes:
+        if self._held:
+            self._held.append(data)
+            self._missing -= len(data)
+            if self._missing > 0:
+                return b""
+            data = b"".join(self._held)
+            self._held.clear()
+        self._missing = 0
+        payload: list[bytes] = []
+        position = 0
+        while not self.done:
+            line_end = data.find(b"\r\n", position)
+            if line_end < 0:
+                if len(data) - position > _MAX_SIZE_LINE:
+                    raise MalformedResponse("a chunk's size line does not end")
+                break
+            size = _chunk_size(data[position:line_end])
+            if size == 0:
+                end = data.find(b"\r\n\r\n", line_end)  # trailers, if any, are between
+                if end < 0:
+                    break
+                self.done = True
+                self.excess = end + 4 < len(data)
+                return b"".join(payload)
+            start = line_end + 2
+            end = start + size
+            if end + 2 > len(data):
+                self._missing = end + 2 - len(data)
+                break
+            if data[end : end + 2] != b"\r\n":
+                raise MalformedResponse("a chunk is longer than its size line says")
+            payload.append(data[start:end])
+            position = end + 2
+        if position < len(data):
+            self._held.append(data[position:])
+        return payload[0] if len(payload) == 1 else b"".join(payload)
+
+
+def _chunk_size(line: bytes) -> int:
+    try:
+        size = int(line.partition(b";")[0], 16)
+    except ValueError:
+        size = -1
+    if size < 0:
+        raise MalformedResponse(f"a chunk's size line is {line[:32]!r}")
+    return size

@@ -1,0 +1,50 @@
+"""What the router needs to know from the configuration, and its own time limits."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class PolicySettings(Protocol):
+    @property
+    def type(self) -> str: ...
+
+
+class PoolSettings(Protocol):
+    @property
+    def router(self) -> PolicySettings: ...
+
+
+class RouterSettings(Protocol):
+    """The part of the disaggregated server's configuration that the router reads."""
+
+    @property
+    def hostname(self) -> str: ...
+    @property
+    def port(self) -> int: ...
+    @property
+    def context_servers(self) -> PoolSettings: ...
+    @property
+    def generation_servers(self) -> PoolSettings: ...
+    @property
+    def max_retries(self) -> int: ...
+    @property
+    def request_timeout_s(self) -> float: ...
+    @property
+    def server_start_timeout_s(self) -> float: ...
+    @property
+    def max_body_bytes(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Time limits of single waits, in seconds; a whole request has `request_timeout_s` on top."""
+
+    connect_s: float = 3.0
+    idle_s: float = 60.0  # between two reads of one response body
+    keep_alive_s: float = 30.0  # an idle connection older than this is not used again
+    probe_s: float = 2.0
+    probe_interval_s: float = 5.0  # of a worker that answers
+    probe_retry_s: float = 1.0  # of one that does not, at first
+    probe_retry_max_s: float = 10.0
+    release_s: float = 5.0
+    shutdown_s: float = 30.0  # for running requests, after SIGTERM

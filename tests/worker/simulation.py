@@ -1,0 +1,121 @@
+"""A scheduler driven with a fake model whose KV is checkable: each block slot remembers the tokens before it."""
+
+import hashlib
+import random
+from dataclasses import dataclass, field
+
+from diptych.wire import SamplingParams, SequenceTimes, Submit, TokenEvent
+from diptych.worker.blocks import BlockPool
+from diptych.worker.scheduler import Drawn, Fetch, Scheduler, SchedulerLimits
+
+VOCAB = 50
+
+
+def next_token(tokens: list[int]) -> int:
+    """What the fake model says after `tokens`: a function of all of them."""
+    return hashlib.blake2b(bytes(tokens), digest_size=2).digest()[0] % VOCAB
+
+
+def prefix_digest(tokens: list[int]) -> bytes:
+    return hashlib.blake2b(bytes(tokens), digest_size=4).digest()
+
+
+def reference(prompt: list[int], max_tokens: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(max_tokens):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+@dataclass
+class Simulation:
+    num_blocks: int = 12
+    tokens_per_block: int = 4
+    max_num_tokens: int = 9
+    max_batch_size: int = 4
+    max_seq_len: int = 40
+    policy: str = "GUARANTEED_NO_EVICT"
+    now: float = 0.0
+    events: dict[str, list[TokenEvent]] = field(default_factory=dict)
+    fetches: list[Fetch] = field(default_factory=list)
+    leases: list[list[int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        limits = SchedulerLimits(
+            max_batch_size=self.max_batch_size,
+            max_num_tokens=self.max_num_tokens,
+            max_seq_len=self.max_seq_len,
+            tokens_per_block=self.tokens_per_block,
+            capacity_policy=self.policy,  # type: ignore[arg-type]
+        )
+        self.scheduler = Scheduler(limits, BlockPool(self.num_blocks))
+        # kv[block][slot] = digest of the tokens up to and including the slot's
+        self.kv: list[list[bytes | None]] = [[None] * self.tokens_per_block for _ in range(self.num_blocks)]
+
+    def add(self, request_id: str, prompt: list[int], max_tokens: int = 5, **fields: object) -> None:
+        self.events[request_id] = []
+        params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+        submit = Submit(request_id=request_id, prompt_token_ids=prompt, params=params, **fields)  # type: ignore[arg-type]
+        self.scheduler.add(submit, self.now)
+
+    def step(self) -> int:
+        self.now += 1
+        plan = self.scheduler.plan(self.now)
+        self._collect(plan.events)
+        self.fetches += plan.fetches
+        assert sum(chunk.count for chunk in plan.chunks) <= self.max_num_tokens
+        drawn = []
+        for chunk in plan.chunks:
+            sequence, end = chunk.sequence, chunk.start + chunk.count
+            for position in range(end):
+                block, slot = divmod(position, self.tokens_per_block)
+                digest = prefix_digest(sequence.tokens[: position + 1])
+                if position >= chunk.start:
+                    self.kv[sequence.blocks[block]][slot] = digest
+                assert self.kv[sequence.blocks[block]][slot] == digest, "foreign or missing KV"
+            if chunk.draws:
+                drawn.append(Drawn(next_token(sequence.tokens)))
+        commit = self.scheduler.commit(plan, drawn, self.now)
+        self._collect(commit.events)
+        for offer in commit.offers:
+            self.leases.append(offer.blocks)
+            self._collect([offer.event])
+        self.scheduler.check()
+        return len(plan.chunks)
+
+    def land(self, fetch: Fetch) -> None:
+        """The copy arrived: write the KV that the context worker would have computed."""
+        tokens = fetch.sequence.request.prompt_token_ids
+        for index, block in zip(fetch.source_indices, fetch.destination_blocks, strict=True):
+            start = index * self.tokens_per_block
+            for slot, position in enumerate(range(start, min(start + self.tokens_per_block, len(tokens)))):
+                self.kv[block][slot] = prefix_digest(tokens[: position + 1])
+        self.scheduler.fetch_done(fetch.sequence.id, SequenceTimes(), self.now)
+
+    def fail(self, fetch: Fetch) -> None:
+        self.scheduler.fetch_failed(fetch.sequence.id, SequenceTimes(), self.now)
+
+    def run(self, max_steps: int = 500) -> None:
+        for _ in range(max_steps):
+            if not self.scheduler.has_work:
+                return
+            self.step()
+        raise AssertionError("the scheduler did not come to rest")
+
+    def tokens(self, request_id: str) -> list[int]:
+        return [token for event in self.events[request_id] for token in event.token_ids]
+
+    def reason(self, request_id: str) -> str | None:
+        reasons = [event.finish_reason for event in self.events[request_id] if event.finish_reason]
+        assert len(reasons) <= 1, "two terminal events"
+        return reasons[0] if reasons else None
+
+    def _collect(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            self.events[event.request_id].append(event)
+
+
+def random_prompt(rng: random.Random, low: int, high: int) -> list[int]:
+    # Few distinct starts, so that prefixes are shared.
+    start = [rng.randrange(3)] * rng.randrange(0, 12)
+    return (start + [rng.randrange(VOCAB) for _ in range(rng.randrange(low, high))])[:high] or [1]

@@ -1,0 +1,128 @@
+"""What two transceivers say to each other, and how it is framed: a length, then one msgpack message.
+
+Bounded and typed: a frame that is too long, or no message of this protocol, is a `BadFrame` and costs its sender
+the connection, nothing else. Raw block bytes travel between a `Sending` and a `Sent` frame. Knows no sockets.
+"""
+
+import hashlib
+import hmac
+import struct
+from typing import Annotated, Literal
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+MAX_FRAME_BYTES = 1 << 20
+MAX_SPANS = 16_384  # of one Read; keeps it far below MAX_FRAME_BYTES
+NONCE_BYTES = 16
+
+LENGTH = struct.Struct("<I")
+
+Kind = Literal["control", "data"]
+Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
+Proof = Annotated[bytes, msgspec.Meta(max_length=32)]
+TicketId = Annotated[str, msgspec.Meta(max_length=64)]
+
+
+class BadFrame(Exception):
+    """The other side does not speak this protocol."""
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """Reader to owner, first: whom I think I am talking to, and what I want."""
+
+    version: int
+    kind: Kind
+    incarnation: Annotated[str, msgspec.Meta(max_length=64)]
+    nonce: Nonce
+
+
+class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
+    """Owner's answer: it is the one, here is its proof, and whether it wants one too."""
+
+    nonce: Nonce
+    proof: Proof
+    wants_proof: bool
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    code: str
+    message: str
+
+
+class Prove(msgspec.Struct, frozen=True, tag="prove"):
+    proof: Proof
+
+
+class Begin(msgspec.Struct, frozen=True, tag="begin"):
+    """Control: I read this ticket's blocks from now on; if I vanish, they are yours again."""
+
+    ticket_id: TicketId
+
+
+class Renew(msgspec.Struct, frozen=True, tag="renew"):
+    """Control: still reading."""
+
+    ticket_ids: list[TicketId]
+
+
+class Finish(msgspec.Struct, frozen=True, tag="finish"):
+    """Control: no longer reading. `complete`: copied and verified, so nobody else will ask."""
+
+    ticket_id: TicketId
+    complete: bool
+
+
+class Read(msgspec.Struct, frozen=True, tag="read"):
+    """Data: send these byte spans (int64 pairs of offset and length), then these blocks' (int64) generations."""
+
+    spans: bytes
+    blocks: bytes
+
+
+class Sending(msgspec.Struct, frozen=True, tag="sending"):
+    """Data: this many raw bytes follow."""
+
+    num_bytes: int
+
+
+class Sent(msgspec.Struct, frozen=True, tag="sent"):
+    """Data: the generation numbers (uint64) as they were after the last raw byte."""
+
+    generations: bytes
+
+
+Message = Hello | Welcome | Refused | Prove | Begin | Renew | Finish | Read | Sending | Sent
+
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODER = msgspec.msgpack.Decoder(Message)
+
+
+def encode(message: Message) -> bytes:
+    body = _ENCODER.encode(message)
+    assert len(body) <= MAX_FRAME_BYTES, f"frame of {len(body)} bytes"
+    return LENGTH.pack(len(body)) + body
+
+
+def body_length(prefix: bytes) -> int:
+    (length,) = LENGTH.unpack(prefix)
+    if not 0 < length <= MAX_FRAME_BYTES:
+        raise BadFrame(f"frame of {length} bytes, allowed are 1 to {MAX_FRAME_BYTES}")
+    return int(length)
+
+
+def decode(body: bytes) -> Message:
+    try:
+        message: Message = _DECODER.decode(body)
+    except msgspec.MsgspecError as error:
+        raise BadFrame(str(error)) from error
+    return message
+
+
+def proof_of(secret: bytes, side: Literal["owner", "reader"], first: bytes, second: bytes) -> bytes:
+    """Shows that `side` knows the secret; both nonces are in it, so it is of no use to anybody else."""
+    return hmac.digest(secret, b"diptych-kv-1/" + side.encode() + b"/" + first + second, hashlib.sha256)
+
+
+def same_proof(given: bytes, expected: bytes) -> bool:
+    return hmac.compare_digest(given, expected)

@@ -1,0 +1,148 @@
+"""The seam between the transceiver and the ways bytes travel, and the table of those ways.
+
+A transport proves by itself whether it can reach a peer (`connect` raises `Unreachable` with the reason when not);
+nobody configures that. It moves the bytes of a `CopyPlan` and reports the owner's generation numbers as they were
+after the last byte had left; it knows nothing of tickets, leases, digests or retries.
+"""
+
+import importlib
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from diptych.errors import ConfigError, TransferError
+from diptych.transceiver.plan import CopyPlan
+from diptych.transceiver.pool_memory import Generations, PoolMemory
+from diptych.transceiver.server import Server
+
+# Name in settings and tickets -> class, imported on use.
+TRANSPORTS = {
+    "shm": "diptych.transceiver.shm:ShmTransport",
+    "tcp": "diptych.transceiver.tcp:TcpTransport",
+}
+
+# Called as bytes land: offset and length in the destination pool, whole blocks, each once. On the copying thread.
+Landed = Callable[[int, int], None]
+
+
+class TransferState(Enum):
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    ABORTED = "aborted"
+
+
+class Unreachable(Exception):
+    """This transport cannot serve this peer. `remedy` is set when the operator would expect it to."""
+
+    def __init__(self, reason: str, *, remedy: str | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.remedy = remedy
+
+
+class Stop:
+    """When a fetch has to let go: at its deadline, or when somebody aborts it. Real time, always."""
+
+    # How often a wait that cannot be interrupted looks whether it should end.
+    _SLICE_S = 0.1
+
+    def __init__(self, timeout_s: float) -> None:
+        self._deadline = time.monotonic() + timeout_s
+        self._aborted = threading.Event()
+
+    @property
+    def aborted(self) -> bool:
+        return self._aborted.is_set()
+
+    def abort(self) -> None:
+        self._aborted.set()
+
+    def remaining_s(self) -> float:
+        return self._deadline - time.monotonic()
+
+    def slice_s(self) -> float:
+        """How long to wait at most before the next `check`."""
+        return max(0.001, min(self._SLICE_S, self.remaining_s()))
+
+    def check(self) -> None:
+        if self._aborted.is_set():
+            raise TransferError("the transfer was aborted", code="cancelled")
+        if self.remaining_s() <= 0:
+            raise TransferError("the transfer did not end before its deadline", code="deadline")
+
+
+@dataclass(frozen=True, slots=True)
+class TransportContext:
+    """What a transport is built from. Transports that need a port of their owner share the transceiver's server."""
+
+    server: Server
+    secret: bytes | None = None
+    send_timeout_s: float = 30.0
+
+
+class Peer(Protocol):
+    """A proven way to one owner's pool."""
+
+    @property
+    def reason(self) -> str:
+        """Why this transport serves this peer, for the log."""
+        ...
+
+
+class Transfer(Protocol):
+    """One copy. It makes progress inside `wait`, on the thread that calls it."""
+
+    @property
+    def state(self) -> TransferState: ...
+
+    @property
+    def bytes(self) -> int: ...
+
+    @property
+    def seconds(self) -> float: ...
+
+    @property
+    def generations(self) -> Generations:
+        """Of the plan's source blocks, in its order, read by or from the owner after the copy. Only when done."""
+        ...
+
+    def wait(self) -> None:
+        """Copy. When it returns or raises TransferError, the destination is no longer written to."""
+        ...
+
+    def abort(self) -> None:
+        """From any thread, never blocks; `wait` raises soon."""
+        ...
+
+
+class Transport(Protocol):
+    name: str
+
+    def register(self, memory: PoolMemory) -> bytes:
+        """Once, before anything else; the descriptor is what `connect` takes in another process."""
+        ...
+
+    def connect(self, descriptor: bytes, stop: Stop) -> Peer:
+        """Idempotent. Raises Unreachable, or TransferError when the peer is known to be gone."""
+        ...
+
+    def start(self, peer: Peer, plan: CopyPlan, stop: Stop, landed: Landed) -> Transfer: ...
+
+    def forget(self, incarnation: str) -> None:
+        """The owner is gone: let go of its memory and connections as soon as running transfers end."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def load(name: str, context: TransportContext) -> Transport:
+    path = TRANSPORTS.get(name)
+    if path is None:
+        raise ConfigError(f"KV transport is {name!r}, allowed are {', '.join(TRANSPORTS)}")
+    module, _, attribute = path.partition(":")
+    transport: Transport = getattr(importlib.import_module(module), attribute)(context)
+    return transport

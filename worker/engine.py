@@ -1,0 +1,201 @@
+"""The step loop: messages in, one plan, one model step, events out; beside it the transceiver moves blocks.
+
+It runs in one thread and owns the scheduler, so nothing here is locked. It does not know HTTP, text or the model.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+import msgspec
+
+from diptych.transceiver.transceiver import (
+    FetchDone,
+    FetchFailed,
+    LeaseEnded,
+    Transceiver,
+)
+from diptych.wire import (
+    Abort,
+    EngineOutput,
+    EngineStats,
+    FromEngine,
+    Release,
+    SequenceTimes,
+    Shutdown,
+    Submit,
+    ToEngine,
+    TokenEvent,
+)
+from diptych.worker.iteration import iteration_stats
+from diptych.worker.scheduler import Commit, Drawn, Offer, Scheduler, StepPlan
+
+log = logging.getLogger(__name__)
+
+_STATS_INTERVAL_S = 0.1
+_IDLE_WAIT_S = 1.0  # nothing to do: messages and finished copies wake the loop at once
+_BLOCKED_WAIT_S = 0.02  # something waits for blocks, a lease or a deadline
+
+
+class Link(Protocol):
+    def receive(self, timeout_s: float) -> Iterable[ToEngine]: ...
+    def send(self, message: FromEngine) -> None: ...
+
+
+class Runner(Protocol):
+    def run(self, plan: StepPlan) -> list[Drawn | str]: ...
+
+
+class Engine:
+    def __init__(
+        self,
+        link: Link,
+        scheduler: Scheduler,
+        runner: Runner,
+        transceiver: Transceiver,
+        *,
+        collect_iterations: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._link = link
+        self._scheduler = scheduler
+        self._runner = runner
+        self._transceiver = transceiver
+        self._collect_iterations = collect_iterations
+        self._clock = clock
+        self._fetches: dict[int, str] = {}  # fetch id -> request id
+        self._tickets = 0  # open leases
+        self._leases_expired = 0
+        self._steps = 0
+        self._checked = True
+        self._stats_at = 0.0
+        self._stats_sent: EngineStats | None = None
+
+    def run(self) -> None:
+        """Until a Shutdown message."""
+        wait_s = 0.0
+        while True:
+            for message in self._link.receive(wait_s):
+                if isinstance(message, Shutdown):
+                    return
+                self._take(message)
+            wait_s = self.step()
+
+    def close(self) -> None:
+        self._transceiver.close()
+
+    def step(self) -> float:
+        """One turn of the loop; how long the next one may wait for something to happen, in seconds."""
+        started = self._clock()
+        self._poll_transceiver(started)
+        plan = self._scheduler.plan(started)
+        for fetch in plan.fetches:
+            ticket = fetch.sequence.request.ticket
+            assert ticket is not None
+            fetch_id = self._transceiver.fetch(ticket, fetch.source_indices, fetch.destination_blocks)
+            self._fetches[fetch_id] = fetch.sequence.id
+        events = plan.events
+        if plan.chunks:
+            events = [*events, *self._compute(plan)]
+        self._send(events, plan, started)
+        if plan.chunks or plan.events:
+            self._checked = False
+            return 0.0
+        if self._scheduler.has_work or self._fetches or self._tickets:
+            return _BLOCKED_WAIT_S
+        self._check_once_idle()
+        return _IDLE_WAIT_S
+
+    def _check_once_idle(self) -> None:
+        if self._checked:
+            return
+        self._checked = True
+        try:
+            self._scheduler.check()
+        except AssertionError:
+            log.exception("KV blocks are not conserved: please report this")
+
+    def _take(self, message: ToEngine) -> None:
+        match message:
+            case Submit():
+                self._scheduler.add(message, self._clock())
+            case Abort():
+                self._scheduler.abort(message.request_id)
+                for fetch_id, request_id in self._fetches.items():
+                    if request_id == message.request_id:
+                        self._transceiver.abort(fetch_id)
+            case Release():
+                self._transceiver.release(message.ticket_id)
+
+    def _poll_transceiver(self, now: float) -> None:
+        for event in self._transceiver.poll(now):
+            match event:
+                case FetchDone():
+                    request_id = self._fetches.pop(event.fetch_id)
+                    times = SequenceTimes(
+                        wire_s=event.wire_s, wire_bytes=event.num_bytes, transport=event.transport
+                    )
+                    self._scheduler.fetch_done(request_id, times, now)
+                case FetchFailed():
+                    request_id = self._fetches.pop(event.fetch_id)
+                    log.warning("%s: KV fetch failed (%s): %s", request_id, event.code, event.message)
+                    self._scheduler.fetch_failed(request_id, SequenceTimes(transport="recompute"), now)
+                case LeaseEnded():
+                    self._tickets -= 1
+                    self._leases_expired += event.reason == "expired"
+                    self._scheduler.unlease(event.block_ids)
+
+    def _compute(self, plan: StepPlan) -> Iterator[TokenEvent]:
+        drawn = self._runner.run(plan)
+        commit: Commit = self._scheduler.commit(plan, drawn, self._clock())
+        self._steps += 1
+        yield from commit.events
+        for offer in commit.offers:
+            yield self._offer(offer)
+
+    def _offer(self, offer: Offer) -> TokenEvent:
+        ticket_id, ticket = self._transceiver.offer(offer.blocks, offer.sequence.num_prompt)
+        self._tickets += 1
+        return msgspec.structs.replace(offer.event, ticket=ticket, ticket_id=ticket_id)
+
+    def _send(self, events: list[TokenEvent], plan: StepPlan, started: float) -> None:
+        now = self._clock()
+        stats = None
+        if now - self._stats_at >= _STATS_INTERVAL_S or not plan.chunks or self._collect_iterations:
+            stats = self._stats(plan, started, now)
+            if stats == self._stats_sent:
+                stats = None
+            else:
+                self._stats_sent, self._stats_at = stats, now
+        if events or stats is not None:
+            self._link.send(EngineOutput(events=events, stats=stats))
+
+    def _stats(self, plan: StepPlan, started: float, now: float) -> EngineStats:
+        scheduler = self._scheduler
+        counts = scheduler.pool.counts()
+        transfers = self._transceiver.metrics()
+        return EngineStats(
+            free_blocks=counts.free,
+            cached_blocks=counts.cached,
+            active_blocks=counts.active,
+            leased_blocks=counts.leased,
+            total_blocks=counts.total,
+            tokens_per_block=scheduler.limits.tokens_per_block,
+            waiting=scheduler.num_waiting,
+            running=scheduler.num_running,
+            fetching=scheduler.num_fetching,
+            steps=self._steps,
+            prompt_tokens=scheduler.num_prompt_tokens,
+            cached_tokens=scheduler.num_cached_tokens,
+            generation_tokens=scheduler.num_generated_tokens,
+            preemptions=scheduler.num_preemptions,
+            fetches=transfers.fetches,
+            fetch_failures=dict(transfers.failures),
+            fetch_bytes=transfers.bytes,
+            fetch_s=transfers.seconds,
+            leases_expired=self._leases_expired,
+            iteration=iteration_stats(plan, scheduler, self._steps, now - started)
+            if self._collect_iterations and plan.chunks
+            else None,
+        )

@@ -1,0 +1,192 @@
+"""The engine process: `python -m diptych.worker.engine_process ENDPOINT`, settings as msgpack on standard input.
+
+Its parent is the worker's HTTP process (see engine_client.py); it dies with it.
+"""
+
+import ctypes
+import gc
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from diptych.errors import DiptychError, ModelLoadError, StartupError
+from diptych.kv_layout import KvLayout
+from diptych.model_source import model_digest
+from diptych.wire import EngineFailed, EngineProgress, EngineReady
+from diptych.worker.blocks import BlockPool
+from diptych.worker.link import EngineLink
+from diptych.worker.scheduler import Scheduler, SchedulerLimits
+from diptych.worker.settings import EngineSettings
+
+if TYPE_CHECKING:
+    from diptych.worker.engine import Engine
+    from diptych.worker.models.build import Model
+    from diptych.worker.models.config import ModelConfig
+
+log = logging.getLogger(__name__)
+
+_DEFAULT_CPU_POOL_BYTES = 512 << 20
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    _die_with_parent()
+    settings = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=EngineSettings)
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s engine: %(message)s", stream=sys.stderr
+    )
+    link = EngineLink(sys.argv[1])
+    try:
+        engine = _build(settings, link)
+    except StartupError as error:
+        link.send(EngineFailed(message=error.message))
+        link.close()
+        sys.exit(2)
+    # Garbage collection pauses are step pauses: what the start left behind is here for good.
+    gc.collect()
+    gc.freeze()
+    try:
+        engine.run()
+    finally:
+        engine.close()
+        link.close()
+
+
+def _die_with_parent() -> None:
+    # Ctrl-C reaches the whole foreground group: the parent decides when the engine stops.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(1)
+
+
+def _build(settings: EngineSettings, link: EngineLink) -> "Engine":
+    started = time.monotonic()
+    link.send(EngineProgress(message="importing torch"))
+    import torch
+
+    from diptych.transceiver.pool_memory import PoolMemory
+    from diptych.transceiver.transceiver import Transceiver, TransceiverSettings
+    from diptych.worker.cache import pool_tensor
+    from diptych.worker.engine import Engine
+    from diptych.worker.runner import ModelRunner
+    from diptych.worker.sampler import Sampler
+
+    torch.set_num_threads(settings.num_threads)
+    torch.set_grad_enabled(False)
+    path = Path(settings.model_path)
+    config, model = _load(settings, path, link)
+    layout = KvLayout(
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        tokens_per_block=settings.tokens_per_block,
+        dtype="bfloat16",
+        inner=model.inner,
+        model="dummy" if settings.load_format == "dummy" else model_digest(path),
+    )
+    num_blocks = _num_blocks(settings, layout)
+    link.send(EngineProgress(message=f"allocating {num_blocks} KV blocks"))
+    memory = PoolMemory.create(layout, num_blocks, settings.incarnation)
+    model.bind(pool_tensor(memory, layout))
+    max_seq_len = min(
+        settings.max_seq_len or config.max_position_embeddings,
+        config.max_position_embeddings,
+        num_blocks * layout.tokens_per_block,
+    )
+    eos = frozenset(config.eos_token_ids)
+    limits = SchedulerLimits(
+        max_batch_size=settings.max_batch_size,
+        max_num_tokens=settings.max_num_tokens,
+        max_seq_len=max_seq_len,
+        tokens_per_block=layout.tokens_per_block,
+        capacity_policy=settings.capacity_policy,
+        eos_token_ids=eos,
+    )
+    pool = BlockPool(num_blocks, reuse=settings.enable_block_reuse, generations=memory.generations)
+    transceiver = Transceiver(
+        memory,
+        layout,
+        TransceiverSettings(
+            backends=settings.transports,
+            bind_host=settings.transceiver_host,
+            advertise_host=settings.transceiver_host,
+            lease_s=settings.lease_s,
+            timeout_s=settings.kv_transfer_timeout_s,
+        ),
+        wake=link.wake,
+    )
+    engine = Engine(
+        link,
+        Scheduler(limits, pool),
+        ModelRunner(model, Sampler(eos)),
+        transceiver,
+        collect_iterations=settings.iteration_stats,
+    )
+    link.send(
+        EngineReady(
+            pid=os.getpid(),
+            incarnation=settings.incarnation,
+            max_seq_len=max_seq_len,
+            layout=msgspec.to_builtins(layout) | {"fingerprint": layout.fingerprint()},
+            num_blocks=num_blocks,
+            kernel=model.kernel_name,
+            load_s=time.monotonic() - started,
+        )
+    )
+    return engine
+
+
+def _load(settings: EngineSettings, path: Path, link: EngineLink) -> "tuple[ModelConfig, Model]":
+    from diptych.worker.models.build import build_model
+    from diptych.worker.models.loader import dummy_weights, load_config, load_weights
+
+    def progress(fraction: float) -> None:
+        link.send(EngineProgress(message="loading weights", fraction=fraction))
+
+    try:
+        config = load_config(path)
+        if settings.load_format == "dummy":
+            weights = dummy_weights(config)
+        else:
+            weights = load_weights(path, config, progress)
+        model = build_model(
+            config,
+            weights,
+            device=settings.device,
+            kernel=settings.kernel,
+            num_threads=settings.num_threads,
+            tokens_per_block=settings.tokens_per_block,
+        )
+    except DiptychError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        log.exception("loading %s failed", path)
+        raise ModelLoadError(f"cannot load the model at {path}: {type(error).__name__}: {error}") from error
+    return config, model
+
+
+def _num_blocks(settings: EngineSettings, layout: KvLayout) -> int:
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if settings.max_kv_tokens is not None:
+        wanted = -(-settings.max_kv_tokens // layout.tokens_per_block)
+    else:
+        budget = min(_DEFAULT_CPU_POOL_BYTES, int(available * settings.kv_memory_fraction))
+        wanted = budget // layout.block_bytes
+    if wanted < 1 or wanted * layout.block_bytes > available:
+        raise StartupError(
+            f"{wanted} KV blocks of {layout.block_bytes >> 10} KiB do not fit the {available >> 20} MiB of free "
+            "memory: set kv_cache_config.max_tokens to a value that does"
+        )
+    return wanted
+
+
+if __name__ == "__main__":
+    main()

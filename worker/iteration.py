@@ -1,0 +1,35 @@
+"""One entry of `GET /metrics`: the statistics of one step under TensorRT-LLM's names."""
+
+from typing import Any
+
+from diptych.worker.scheduler import Scheduler, StepPlan
+
+
+def iteration_stats(plan: StepPlan, scheduler: Scheduler, step: int, latency_s: float) -> dict[str, Any]:
+    pool, limits = scheduler.pool.counts(), scheduler.limits
+    contexts = [chunk for chunk in plan.chunks if chunk.start + chunk.count <= chunk.sequence.num_prompt]
+    prompt_tokens = scheduler.num_prompt_tokens
+    return {
+        "iter": step,
+        "iterLatencyMS": latency_s * 1000,
+        "gpuMemUsage": 0,
+        "numActiveRequests": scheduler.num_running + scheduler.num_fetching,
+        "numQueuedRequests": scheduler.num_waiting,
+        "maxNumActiveRequests": limits.max_batch_size,
+        "inflightBatchingStats": {
+            "numScheduledRequests": len(plan.chunks),
+            "numContextRequests": len(contexts),
+            "numGenRequests": len(plan.chunks) - len(contexts),
+            "numPausedRequests": 0,
+            "numCtxTokens": sum(chunk.count for chunk in contexts),
+            "microBatchId": 0,
+            "avgNumDecodedTokensPerIter": 1.0,
+        },
+        "kvCacheStats": {
+            "maxNumBlocks": pool.total,
+            "freeNumBlocks": pool.free + pool.cached,
+            "usedNumBlocks": pool.active + pool.leased,
+            "tokensPerBlock": limits.tokens_per_block,
+            "cacheHitRate": scheduler.num_cached_tokens / prompt_tokens if prompt_tokens else 0.0,
+        },
+    }

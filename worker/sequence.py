@@ -1,0 +1,79 @@
+"""The state of one sequence, from its arrival to its one terminal event.
+
+    WAITING ──> RUNNING ──> FINISHED
+       │  ▲        │
+       ▼  └────────┘ preempted
+    FETCHING ──> RUNNING          its prompt's KV is on the way
+       │
+       └──> DRAINING ──> FINISHED aborted while a copy may still write into its blocks
+"""
+
+import enum
+from dataclasses import dataclass, field
+
+from diptych.wire import SequenceTimes, Submit
+from diptych.worker.blocks import hash_block
+
+
+class Status(enum.Enum):
+    WAITING = enum.auto()
+    FETCHING = enum.auto()
+    RUNNING = enum.auto()
+    DRAINING = enum.auto()
+    FINISHED = enum.auto()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """`tokens[:num_computed]` have their KV in `blocks`; the rest is what the next steps must compute."""
+
+    request: Submit
+    arrival: float  # the scheduler's clock, seconds
+    tokens: list[int] = field(init=False)
+    status: Status = Status.WAITING
+    num_computed: int = 0
+    num_cached: int | None = None  # prompt tokens found in the prefix cache at the first admission
+    blocks: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)  # of the full blocks of `tokens`, as far as needed yet
+    num_published: int = 0
+    use_ticket: bool = field(init=False)
+    scheduled_at: float | None = None
+    fetched_at: float | None = None
+    fetch_times: SequenceTimes | None = None
+    first_token_sent: bool = False
+
+    def __post_init__(self) -> None:
+        self.tokens = [*self.request.prompt_token_ids, *self.request.output_token_ids]
+        self.use_ticket = self.request.ticket is not None
+
+    @property
+    def id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_pending(self) -> int:
+        """Known tokens without KV."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def deadline(self) -> float | None:
+        timeout_s = self.request.timeout_s
+        return None if timeout_s is None else self.arrival + timeout_s
+
+    def extend_hashes(self, tokens_per_block: int, num_tokens: int) -> None:
+        """Hash the full blocks of ``tokens[:num_tokens]`` that have no hash yet."""
+        salt = self.request.cache_salt.encode()[:64]
+        for start in range(len(self.hashes) * tokens_per_block, num_tokens, tokens_per_block):
+            end = start + tokens_per_block
+            if end > num_tokens:
+                break
+            parent = self.hashes[-1] if self.hashes else salt
+            self.hashes.append(hash_block(parent, self.tokens[start:end]))

@@ -1,0 +1,28 @@
+"""What an engine process is told at its start, resolved: no "auto" is left except the number of KV blocks."""
+
+import msgspec
+
+from diptych.worker.scheduler import CapacityPolicy
+
+
+class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
+    model_path: str
+    incarnation: str
+    device: str = "cpu"
+    load_format: str = "auto"  # "dummy": random weights
+    kernel: str = "auto"
+    num_threads: int = 1
+    tokens_per_block: int = 32
+    max_kv_tokens: int | None = None  # None: as many as fit the memory fraction
+    kv_memory_fraction: float = 0.9
+    enable_block_reuse: bool = True
+    max_batch_size: int = 64
+    max_num_tokens: int = 512
+    max_seq_len: int | None = None  # None: the model's
+    capacity_policy: CapacityPolicy = "GUARANTEED_NO_EVICT"
+    transports: tuple[str, ...] = ("shm", "tcp")
+    transceiver_host: str = "127.0.0.1"
+    kv_transfer_timeout_s: float = 60.0
+    lease_s: float = 30.0
+    iteration_stats: bool = False
+    log_level: str = "info"
