@@ -46,9 +46,7 @@ class DiptychError(Exception):
 
     def body(self) -> dict[str, Any]:
         """The OpenAI error object."""
-        return {
-            "error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
-        }
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
         if self.retry_after_s is None:

@@ -9,7 +9,7 @@ Knows nothing of roles, legs or JSON.
 import asyncio
 from collections import deque
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, cast
 
 from diptych.discovery.address import parse_address
 from diptych.errors import DeadlineExceeded, DiptychError, WorkerLost
@@ -53,8 +53,7 @@ class Connection(asyncio.Protocol):
         self.idle_since = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but name
         self._client.connections.add(self)
 
     def data_received(self, data: bytes) -> None:
@@ -185,7 +184,7 @@ class Exchange:
         assert connection.transport is not None
         self._connection, self._reused = connection, reused
         connection.exchange = self
-        self._timer = self._loop.call_at(self._deadline, self._check_time)
+        self._arm_timer(self._loop.time() + self._client.limits.idle_s)
         connection.transport.write(self._message)
 
     async def _wait_for_head(self) -> None:
@@ -249,7 +248,6 @@ class Exchange:
                 break
         self._partial_head = b""
         self.head, self._body = head, head.body()
-        self._timer_for_body()
         self._wake()
         return data
 
@@ -269,23 +267,20 @@ class Exchange:
         if self._connection is not None and self._connection.transport is not None:
             self._connection.transport.resume_reading()
 
-    def _timer_for_body(self) -> None:
-        due = self._loop.time() + self._client.limits.idle_s
-        if self._timer is not None and due < self._deadline:
-            self._timer.cancel()
-            self._timer = self._loop.call_at(due, self._check_time)
+    def _arm_timer(self, due: float) -> None:
+        self._timer = self._loop.call_at(min(due, self._deadline), self._check_time)
 
     def _check_time(self) -> None:
         now = self._loop.time()
-        idle_due = self._last_read + self._client.limits.idle_s
-        if self._body is None or now >= self._deadline:
+        idle_s = self._client.limits.idle_s
+        if now >= self._deadline:
             self._fail(self._too_late())
-        elif now >= idle_due and not self._paused:  # paused: the client is slow, not the worker
-            idle_s = self._client.limits.idle_s
+        elif self._body is None or self._paused:  # computing, or waiting for a slow client: not idle
+            self._arm_timer(now + idle_s)
+        elif now >= self._last_read + idle_s:
             self._fail(DeadlineExceeded(f"The worker at {self._client.url} sent nothing for {idle_s:g} s."))
         else:
-            due = now + self._client.limits.idle_s if self._paused else idle_due
-            self._timer = self._loop.call_at(min(due, self._deadline), self._check_time)
+            self._arm_timer(self._last_read + idle_s)
 
     def _too_late(self) -> DeadlineExceeded:
         return DeadlineExceeded(f"The worker at {self._client.url} did not finish before the deadline.")
@@ -369,7 +364,10 @@ class WorkerClient:
 
     async def connect(self, deadline: float) -> Connection:
         loop = asyncio.get_running_loop()
-        budget = min(self.limits.connect_s, deadline - loop.time())
+        left = deadline - loop.time()
+        if left <= 0:
+            raise DeadlineExceeded(f"The deadline passed before the worker at {self.url} was asked.")
+        budget = min(self.limits.connect_s, left)
         try:
             _, connection = await asyncio.wait_for(
                 loop.create_connection(lambda: Connection(self), self._address.host, self._address.port),

@@ -1,7 +1,7 @@
 """Every setting, read once into frozen dataclasses.
 
 Files and command-line options come in as plain mappings, are checked against the dataclasses, and leave as
-values that nobody changes. What is left to us (None) is filled in by `resolve_limits` when the hardware is known.
+values that nobody changes. What is left open is filled in by `resolve_limits` when the hardware is known.
 """
 
 from diptych.config.disagg import DisaggConfig, RouterSection, ServerSection, load_disagg_config

@@ -1,6 +1,6 @@
 """The disaggregated server's YAML file: settings of the router, worker URLs, and options of workers for `up`.
 
-Top-level keys that are worker options hold for both sections, as in TensorRT-LLM; a section that differs is an
+Top-level keys that are worker options hold for both sections, as in TensorRT-LLM; one that differs is an
 error. Knows nothing of sockets: URLs stay as they are written.
 """
 
@@ -95,6 +95,19 @@ class DisaggConfig:
     perf_metrics_max_requests: NonNegativeInt = 0
     node_id: NonNegativeInt | None = None
     log_level: LogLevel = "info"
+
+    def require_urls(self, source: str) -> None:
+        """The router by itself starts no workers: it must be told where they are."""
+        if self.disagg_cluster is not None:
+            raise ConfigError(f"{source}: disagg_cluster is not in this version; list urls in both sections")
+        for role, section in (
+            ("context_servers", self.context_servers),
+            ("generation_servers", self.generation_servers),
+        ):
+            if not section.urls:
+                raise ConfigError(
+                    f'{source}: {role}.urls must name at least one worker, such as "localhost:8001"'
+                )
 
 
 def load_disagg_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> DisaggConfig:

@@ -1,0 +1,221 @@
+"""The command `trtllm-serve`. Each command turns its arguments into a configuration and hands it on.
+
+Whatever a command needs is imported inside it: `trtllm-serve version` must not load a web server or torch.
+"""
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from diptych import __version__, logs
+from diptych.cli_options import flag, log_level, option, serve_options
+from diptych.errors import ConfigError, StartupError
+
+
+class StartupFailure(click.ClickException):
+    exit_code = 2
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"error: {self.message}", err=True, file=file)
+
+
+class ServeByDefault(click.Group):
+    """`trtllm-serve MODEL` means `trtllm-serve serve MODEL`; a StartupError is one line and exit code 2."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in ("--help", "-h", "--version"):
+            word = args[0].replace("-", "_") if not args[0].startswith("-") else args[0]
+            if word not in self.commands:
+                self._refuse_misspelt(args[0])
+                args = ["serve", *args]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except StartupError as error:
+            raise StartupFailure(error.message) from error
+
+    def _refuse_misspelt(self, word: str) -> None:
+        nearest = difflib.get_close_matches(word, self.commands, n=1, cutoff=0.8)
+        if nearest and not Path(word).exists():
+            raise click.UsageError(
+                f'"{word}" is neither a command nor a model here; did you mean "{nearest[0]}"?'
+            )
+
+
+@click.group(
+    cls=ServeByDefault,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        # Underscores as in TensorRT-LLM, dashes for those who expect them.
+        "token_normalize_func": lambda token: token.replace("-", "_"),
+        "max_content_width": 110,
+    },
+)
+@click.version_option(__version__, message="%(version)s")
+def main() -> None:
+    """Serve language models, with prefill and decode on separate workers."""
+    # Set by the launcher: a process that it started must not outlive it.
+    parent = os.environ.pop("DIPTYCH_PARENT_PID", None)
+    if parent is not None:
+        from diptych.launcher.parent import die_with_parent
+
+        die_with_parent(int(parent))
+
+
+@main.command()
+@click.argument("model")
+@serve_options
+def serve(model: str, **options: Any) -> None:
+    """Serve MODEL, a directory, a GGUF file or a name, with an OpenAI API: one worker."""
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    logs.configure(given.get("log_level", "info"))
+    if given.pop("grpc", False):
+        raise ConfigError("--grpc is not supported: workers speak HTTP")
+    _refuse_discovery(given)
+    given.pop("telemetry", None)
+
+    from dataclasses import replace
+
+    from diptych.config import load_llm_config
+    from diptych.listen import open_listener
+
+    config = load_llm_config(model, given, given.pop("config_file", None))
+    logs.configure(config.log_level)
+    # Bound before the model loads: minutes of loading must not end in "port in use".
+    with open_listener(config.host, config.port, fd=config.listen_fd) as listener:
+        config = replace(config, listen_fd=listener.fileno(), port=listener.getsockname()[1])
+        from diptych.worker.app import run
+
+        run(config)
+
+
+@main.command()
+@option("--config_file", "--config", "-c", "config_file", required=True, help="The disaggregated YAML file.")
+@option("--metadata_server_config_file", "-m", help="YAML file that says where etcd is.")
+@option("--server_start_timeout", "-t", type=click.FloatRange(min=0, min_open=True), help="Seconds [180].")
+@option("--request_timeout", "-r", type=click.FloatRange(min=0, min_open=True), help="Seconds [180].")
+@option("--schedule_style", "-s", type=click.Choice(["context_first", "generation_first"]))
+@option("--metrics_log_interval", type=int, help="Accepted, no effect: see /prometheus/metrics.")
+@option("--listen_fd", type=click.IntRange(min=0), hidden=True)
+@log_level("--log_level", "-l")
+def disaggregated(config_file: str, **options: Any) -> None:
+    """Run the router in front of context and generation workers."""
+    given = {name: value for name, value in options.items() if value is not None}
+    logs.configure(given.get("log_level", "info"))
+
+    from dataclasses import replace
+
+    from diptych.config import load_disagg_config, load_metadata_config
+    from diptych.listen import open_listener
+
+    given.pop("metrics_log_interval", None)
+    metadata = given.pop("metadata_server_config_file", None)
+    if metadata is not None:
+        load_metadata_config(metadata)
+        raise ConfigError(
+            "--metadata_server_config_file: finding workers through etcd is not in this version"
+        )
+    for ours, theirs in (
+        ("request_timeout_s", "request_timeout"),
+        ("server_start_timeout_s", "server_start_timeout"),
+    ):
+        if theirs in given:
+            given[ours] = given.pop(theirs)
+    config = load_disagg_config(config_file, given)
+    logs.configure(config.log_level)
+    config.require_urls(config_file)
+    with open_listener(config.hostname, config.port, fd=config.listen_fd) as listener:
+        config = replace(config, listen_fd=listener.fileno(), port=listener.getsockname()[1])
+        _run_router(config)
+
+
+@main.command()
+@option(
+    "--config_file",
+    "--config",
+    "-c",
+    "config_file",
+    help="A disaggregated YAML file [1 context, 1 generation].",
+)
+@option("--port", type=click.IntRange(0, 65535), help="The router's port [from the file, else 8000].")
+@log_level("--log_level", "-l")
+def up(config_file: str | None, port: int | None, log_level: str | None) -> None:
+    """Start the workers and the router that a YAML file describes, all on this machine."""
+    logs.configure(log_level or "warning")
+    from diptych.config import load_disagg_config
+    from diptych.launcher import default_config, run
+
+    overrides = {} if port is None else {"port": port}
+    config = load_disagg_config(config_file, overrides) if config_file else default_config(overrides)
+    raise SystemExit(run(config, log_level=log_level or "info"))
+
+
+@main.command("disaggregated_mpi_worker")
+@option("--config_file", "-c", "config_file", required=True, help="The disaggregated YAML file.")
+@log_level("--log_level", "-l")
+def disaggregated_mpi_worker(config_file: str, log_level: str | None) -> None:
+    """Start all workers of a YAML file on this machine, without a router (deprecated; see `up`)."""
+    logs.configure(log_level or "warning")
+    # mpirun starts as many copies as TensorRT-LLM has ranks; one of them starts everything.
+    rank = next((os.environ[name] for name in _RANK_VARIABLES if name in os.environ), "0")
+    if rank != "0":
+        return
+    from diptych.config import load_disagg_config
+    from diptych.launcher import run
+
+    raise SystemExit(run(load_disagg_config(config_file), with_router=False, log_level=log_level or "info"))
+
+
+@main.command()
+@flag("--once", help="Leave after the first answer.")
+@option("--prompt", help="What to ask.")
+@option("--port", type=click.IntRange(0, 65535), help="The router's port [8000, or a free one].")
+def demo(once: bool | None, prompt: str | None, port: int | None) -> None:
+    """Start the small model on one context and one generation worker and ask it something."""
+    logs.configure("warning")
+    from diptych.demo import run
+
+    raise SystemExit(run(once=bool(once), prompt=prompt, port=port))
+
+
+@main.command()
+def version() -> None:
+    """Print the version."""
+    click.echo(__version__)
+
+
+_RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+
+
+def _run_router(config: Any) -> None:
+    import asyncio
+
+    from diptych.discovery.static import StaticRegistry
+    from diptych.router.app import run
+
+    registry = StaticRegistry(config.context_servers.urls, config.generation_servers.urls)
+    asyncio.run(run(config, registry))
+
+
+def _refuse_discovery(given: dict[str, Any]) -> None:
+    metadata = given.pop("metadata_server_config_file", None)
+    if metadata is not None:
+        from diptych.config import load_metadata_config
+
+        if "server_role" not in given:
+            raise ConfigError("--metadata_server_config_file needs --server_role CONTEXT or GENERATION")
+        load_metadata_config(metadata)
+        raise ConfigError("--metadata_server_config_file: registering in etcd is not in this version")
+    if given.pop("disagg_cluster_uri", None) is not None:
+        raise ConfigError(
+            "--disagg_cluster_uri: service discovery is not in this version; list urls in the YAML"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,281 @@
+"""Runs the members of a plan: start, wait until ready, repeat output, and stop everything when one ends.
+
+Every listening socket is opened here and inherited by its process: a port in use shows before anything starts, and no
+port can be lost between choosing and binding it.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diptych.config import DisaggConfig
+from diptych.errors import StartupError
+from diptych.launcher.child import Child
+from diptych.launcher.console import Console
+from diptych.launcher.plan import Member, members
+from diptych.launcher.readiness import wait_healthy
+from diptych.listen import open_listener
+
+_NAME = "up"
+_GRACE_S = 10.0
+
+WhenReady = Callable[["Supervisor"], Awaitable[int | None]]
+
+
+class ChildDied(Exception):
+    def __init__(self, child: Child) -> None:
+        super().__init__(child.name)
+        self.child = child
+
+
+class Supervisor:
+    """Use as `async with`; leaving it stops every process."""
+
+    def __init__(
+        self,
+        config: DisaggConfig,
+        *,
+        with_router: bool = True,
+        log_level: str = "info",
+        console: Console | None = None,
+    ) -> None:
+        self.config = config
+        self.members = members(config)
+        names = [member.name for member in self.members]
+        self.console = console or Console([*names, "router", _NAME])
+        self.url: str | None = None  # the router's, for people
+        self.worker_urls: dict[str, str] = {}
+        self._with_router = with_router
+        self._log_level = log_level
+        self._workers: list[Child] = []
+        self._router: Child | None = None
+        self._files = contextlib.ExitStack()
+
+    async def __aenter__(self) -> "Supervisor":
+        try:
+            await self._start()
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def wait_ready(self) -> None:
+        """Until every health check is 200; ChildDied when a process ends, StartupError at the deadline."""
+        began = time.monotonic()
+        targets = dict(self.worker_urls)
+        if self.url is not None:
+            targets["router"] = self.url
+        checks = [asyncio.create_task(self._check(name, url)) for name, url in targets.items()]
+        death = asyncio.create_task(self._first_death())
+        try:
+            ready = asyncio.ensure_future(asyncio.gather(*checks))
+            await asyncio.wait({ready, death}, return_when=asyncio.FIRST_COMPLETED)
+            if death.done():
+                ready.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await ready
+                raise ChildDied(death.result())
+            await ready
+        finally:
+            death.cancel()
+        self.say(f"ready after {time.monotonic() - began:.1f} s" + (f": {self.url}" if self.url else ""))
+
+    async def watch(self) -> None:
+        """Returns never: raises ChildDied when a process ends."""
+        raise ChildDied(await self._first_death())
+
+    async def stop(self) -> None:
+        """The router first, so that running requests can end; then the workers, all at once."""
+        if self._router is not None:
+            await self._router.stop(grace_s=_GRACE_S)
+        await asyncio.gather(*(worker.stop(grace_s=_GRACE_S) for worker in self._workers))
+        self._files.close()
+
+    def kill(self) -> None:
+        for child in self._children():
+            child.kill()
+
+    def say(self, line: str) -> None:
+        self.console.show(_NAME, line)
+
+    def _children(self) -> list[Child]:
+        return [*self._workers, *([self._router] if self._router else [])]
+
+    async def _start(self) -> None:
+        folder = Path(self._files.enter_context(tempfile.TemporaryDirectory(prefix="diptych-up-")))
+        with contextlib.ExitStack() as sockets:
+            router = None
+            if self._with_router:
+                router = sockets.enter_context(open_listener(self.config.hostname, self.config.port))
+            listeners = [sockets.enter_context(open_listener(m.host, m.port)) for m in self.members]
+            for member, listener in zip(self.members, listeners, strict=True):
+                self._workers.append(await self._start_worker(member, listener, folder))
+            if router is not None:
+                self._router = await self._start_router(router, folder)
+
+    async def _start_worker(self, member: Member, listener: socket.socket, folder: Path) -> Child:
+        port = listener.getsockname()[1]
+        self.worker_urls[member.name] = f"http://{_authority(member.host, port)}"
+        file = folder / f"{member.name}.yaml"
+        file.write_text(yaml.safe_dump(_plain(member.options)), encoding="utf-8")
+        arguments = [
+            *("serve", member.model, "--host", member.host, "--port", str(port)),
+            *("--listen_fd", str(listener.fileno()), "--server_role", member.role),
+            *("--config", str(file), "--log_level", self._log_level),
+        ]
+        self.say(f"starting {member.name} on {_authority(member.host, port)}")
+        return await Child.start(member.name, arguments, pass_fds=[listener.fileno()], show=self.console.show)
+
+    async def _start_router(self, listener: socket.socket, folder: Path) -> Child:
+        port = listener.getsockname()[1]
+        host = "localhost" if self.config.hostname in ("0.0.0.0", "::") else self.config.hostname
+        self.url = f"http://{_authority(host, port)}"
+        file = folder / "router.yaml"
+        file.write_text(yaml.safe_dump(self._router_settings(port)), encoding="utf-8")
+        arguments = ["disaggregated", "-c", str(file), "--listen_fd", str(listener.fileno())]
+        arguments += ["--log_level", self._log_level]
+        self.say(f"starting router on {_authority(self.config.hostname, port)}")
+        return await Child.start("router", arguments, pass_fds=[listener.fileno()], show=self.console.show)
+
+    def _router_settings(self, port: int) -> dict[str, Any]:
+        """The configuration as it was read, with the urls that the workers got."""
+        skipped = {"context_servers", "generation_servers", "listen_fd", "metadata_server", "disagg_cluster"}
+        settings: dict[str, Any] = {}
+        for setting in dataclasses.fields(DisaggConfig):
+            value = getattr(self.config, setting.name)
+            if setting.name not in skipped and value is not None:
+                settings[setting.name] = value
+        settings["port"] = port
+        for role, section, key in (
+            ("CONTEXT", self.config.context_servers, "context_servers"),
+            ("GENERATION", self.config.generation_servers, "generation_servers"),
+        ):
+            urls = [self.worker_urls[member.name] for member in self.members if member.role in (role, "BOTH")]
+            router = {"type": section.router.type, **_plain(section.router.options)}
+            settings[key] = {"urls": urls, "router": router}
+        return settings
+
+    async def _check(self, name: str, url: str) -> None:
+        timeout_s = self.config.server_start_timeout_s
+
+        def waiting(elapsed_s: float) -> None:
+            self.say(f"waiting for {name}, {elapsed_s:.0f} s")
+
+        if not await wait_healthy(url, timeout_s=timeout_s, waiting=waiting):
+            raise StartupError(f"{name} was not ready within {timeout_s:g} s; see its output above")
+
+    async def _first_death(self) -> Child:
+        """The first process that ends; nobody asked any of them to."""
+        children = {asyncio.create_task(child.wait()): child for child in self._children()}
+        try:
+            done, _ = await asyncio.wait(children, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in children:
+                task.cancel()
+        child = children[done.pop()]
+        await child.drain(timeout_s=1.0)
+        return child
+
+
+def run(
+    config: DisaggConfig,
+    *,
+    with_router: bool = True,
+    log_level: str = "info",
+    when_ready: WhenReady | None = None,
+) -> int:
+    """Until Ctrl-C (0) or until a process dies (1). `when_ready` may end it with its own exit code."""
+    supervisor = Supervisor(config, with_router=with_router, log_level=log_level)
+    return asyncio.run(_supervise(supervisor, when_ready))
+
+
+async def _supervise(supervisor: Supervisor, when_ready: WhenReady | None) -> int:
+    loop = asyncio.get_running_loop()
+    work = asyncio.create_task(_work(supervisor, when_ready))
+    signals = 0
+
+    def on_signal() -> None:
+        nonlocal signals
+        signals += 1
+        if signals == 1:
+            supervisor.say("stopping")
+            work.cancel()
+        else:
+            supervisor.kill()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+    try:
+        return await work
+    except asyncio.CancelledError:
+        return 0
+
+
+async def _work(supervisor: Supervisor, when_ready: WhenReady | None) -> int:
+    async with supervisor:
+        try:
+            await supervisor.wait_ready()
+            if when_ready is None:
+                supervisor.say("press Ctrl-C to stop")
+                await supervisor.watch()
+            else:
+                return await _until_death(supervisor, when_ready)
+        except ChildDied as death:
+            _report(supervisor, death.child)
+            return 1
+    return 0
+
+
+async def _until_death(supervisor: Supervisor, when_ready: WhenReady) -> int:
+    """Runs `when_ready`, and when that leaves no exit code, goes on until a process dies."""
+    watch = asyncio.create_task(supervisor.watch())
+    ready = asyncio.ensure_future(when_ready(supervisor))
+    try:
+        await asyncio.wait({watch, ready}, return_when=asyncio.FIRST_COMPLETED)
+        if not watch.done():
+            code = await ready
+            if code is not None:
+                return code
+        await watch
+    finally:
+        for task in (watch, ready):
+            task.cancel()
+        await asyncio.gather(watch, ready, return_exceptions=True)
+    raise AssertionError("watch() returns only by raising")
+
+
+def _report(supervisor: Supervisor, child: Child) -> None:
+    code = child.returncode
+    how = (
+        f"was killed by {signal.Signals(-code).name}"
+        if code is not None and code < 0
+        else f"exited with code {code}"
+    )
+    supervisor.say(f"{child.name} {how}; stopping everything. Its last lines:")
+    for line in list(child.last_lines):
+        supervisor.say(f"    {line}")
+
+
+def _authority(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _plain(value: Any) -> Any:
+    """Mappings and sequences as the dict and list that YAML writes."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return value

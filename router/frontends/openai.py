@@ -1,0 +1,155 @@
+"""The OpenAI face: a client's request as the router needs it, the bodies of its two legs, and errors as bytes.
+
+The client's body is checked to be a JSON object and otherwise passed on byte for byte; what the router adds is
+spliced in before the closing brace. Prompts, texts and tickets are never decoded.
+"""
+
+import re
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import orjson
+
+from diptych.errors import InvalidRequest
+
+_RESPONSE_ID_PREFIX = {"/v1/completions": "cmpl-", "/v1/chat/completions": "chatcmpl-"}
+PATHS = tuple(_RESPONSE_ID_PREFIX)
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+class _Body(msgspec.Struct):
+    """The fields that the router reads; their types are for the worker to check."""
+
+    model: Any = None
+    stream: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request of a client."""
+
+    request_id: str
+    path: str
+    body: bytes
+    model: str | None
+    stream: bool
+    response_id: str
+    created: int
+    arrived: float  # loop time
+    deadline: float  # loop time
+    traceparent: str | None
+
+    def headers(self, now: float) -> bytes:
+        """What a leg that starts now is told besides its body."""
+        left_ms = max(1, int((self.deadline - now) * 1000))
+        lines = f"X-Request-ID: {self.request_id}\r\nX-Diptych-Timeout-Ms: {left_ms}\r\n"
+        if self.traceparent is not None:
+            lines += f"traceparent: {self.traceparent}\r\n"
+        return lines.encode()
+
+    def context_body(self) -> bytes:
+        return _splice(self.body, b'"disaggregated_params":' + orjson.dumps(self._params("context_only")))
+
+    def generation_body(self, prefill: "Prefill") -> bytes:
+        params = self._params("generation_only")
+        params["choices"] = [orjson.Fragment(bytes(choice.disaggregated_params)) for choice in prefill.choices]
+        added = b'"disaggregated_params":' + orjson.dumps(params)
+        if prefill.prompt_token_ids is not None:
+            added += b',"prompt_token_ids":' + bytes(prefill.prompt_token_ids)
+        return _splice(self.body, added)
+
+    def _params(self, request_type: str) -> dict[str, Any]:
+        return {
+            "request_type": request_type,
+            "disagg_request_id": self.request_id,
+            "response_id": self.response_id,
+            "created": self.created,
+        }
+
+
+def parse_call(
+    path: str, headers: Mapping[str, str], body: bytes, *, request_id: str, arrived: float, timeout_s: float
+) -> Call:
+    try:
+        fields = msgspec.json.decode(body, type=_Body)
+    except msgspec.ValidationError:
+        raise InvalidRequest("The request body must be a JSON object.", code="invalid_json") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(
+            f"The request body is not valid JSON: {error}.", code="invalid_json"
+        ) from None
+    traceparent = headers.get("traceparent")
+    if traceparent is not None and not _TRACEPARENT.fullmatch(traceparent):
+        traceparent = None
+    return Call(
+        request_id=request_id,
+        path=path,
+        body=body,
+        model=fields.model if isinstance(fields.model, str) else None,
+        stream=fields.stream is True,
+        response_id=_RESPONSE_ID_PREFIX[path] + secrets.token_hex(16),
+        created=int(time.time()),
+        arrived=arrived,
+        deadline=arrived + timeout_s,
+        traceparent=traceparent,
+    )
+
+
+def request_id_of(headers: Mapping[str, str]) -> str:
+    """The client's X-Request-ID when it is one that can be printed, or a new one."""
+    given = headers.get("X-Request-ID")
+    return given if given is not None and _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+
+
+class PrefillChoice(msgspec.Struct):
+    disaggregated_params: msgspec.Raw
+
+
+class Prefill(msgspec.Struct):
+    """A context leg's answer; what only the generation worker reads stays undecoded."""
+
+    choices: list[PrefillChoice]
+    prompt_token_ids: msgspec.Raw | None = None
+    stream_head: str = ""
+    finished: bool = False
+
+    def ticket_ids(self) -> list[str]:
+        tickets = (msgspec.json.decode(choice.disaggregated_params, type=_Ticket) for choice in self.choices)
+        return [ticket.ticket_id for ticket in tickets if ticket.ticket_id]
+
+
+class _Ticket(msgspec.Struct):
+    ticket_id: str | None = None
+
+
+def parse_prefill(body: bytes) -> Prefill:
+    """Raises msgspec.DecodeError when it is not a context leg's answer."""
+    return msgspec.json.decode(body, type=Prefill)
+
+
+def client_answer(context_answer: bytes) -> bytes:
+    """A context leg's finished answer as the client gets it."""
+    answer = orjson.loads(context_answer)
+    for name in ("prompt_token_ids", "stream_head", "finished"):
+        answer.pop(name, None)
+    for choice in answer["choices"]:
+        choice.pop("disaggregated_params", None)
+    return orjson.dumps(answer)
+
+
+def error_event(error_body: bytes) -> bytes:
+    """The end of a stream that failed. `error_body` is an OpenAI error object on one line."""
+    return b"data: %b\n\ndata: [DONE]\n\n" % error_body
+
+
+def _splice(body: bytes, member: bytes) -> bytes:
+    """Add members at the end of a JSON object: they win over the client's own of the same name."""
+    inside = body.rstrip()[:-1]
+    comma = b"" if inside.rstrip().endswith(b"{") else b","
+    return b"%b%b%b}" % (inside, comma, member)

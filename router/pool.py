@@ -1,0 +1,255 @@
+"""The live workers: who may be given a leg now.
+
+Follows a registry's snapshots, asks each worker regularly how it is, and believes a failed connection at once.
+A worker is ready when the registry does not say otherwise, its last probe went well and it says READY itself.
+Knows nothing of requests beyond how many are in flight.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Literal
+
+from diptych.discovery import Registry, Snapshot
+from diptych.errors import DeadlineExceeded, DiptychError
+from diptych.router.client import WorkerClient
+from diptych.router.probe import WorkerFacts, ask
+from diptych.router.settings import Limits
+from diptych.wire import WorkerInfo
+
+LegRole = Literal["CONTEXT", "GENERATION"]
+_log = logging.getLogger(__name__)
+
+
+class WorkerView:
+    """What the router knows of one worker."""
+
+    __slots__ = ("client", "facts", "in_flight", "info", "kick", "misses", "probed")
+
+    def __init__(self, info: WorkerInfo, limits: Limits) -> None:
+        self.info = info
+        self.client = WorkerClient(info.url, limits)
+        self.facts: WorkerFacts | None = None  # None: down, or not asked yet
+        self.probed = False
+        self.misses = 0  # probes in a row that were not answered in time
+        self.in_flight = 0
+        self.kick = asyncio.Event()
+
+    @property
+    def worker_id(self) -> str:
+        return self.info.worker_id
+
+    @property
+    def ready(self) -> bool:
+        return self.facts is not None and self.facts.state == "READY" and self.info.state == "READY"
+
+    @property
+    def state(self) -> str:
+        """For people: READY, STARTING, DRAINING or DOWN."""
+        if self.facts is None:
+            return "DOWN" if self.probed else "STARTING"
+        return self.info.state if self.info.state != "READY" else self.facts.state
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        if self.facts is not None and self.facts.models:
+            return self.facts.models
+        return (self.info.model,) if self.info.model else ()
+
+    def has_role(self, role: LegRole) -> bool:
+        return self.info.role in (role, "BOTH")
+
+    def serves(self, model: str | None) -> bool:
+        """True as well when either side does not name a model."""
+        return model is None or not self.models or model in self.models
+
+    def __enter__(self) -> "WorkerView":
+        self.in_flight += 1
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.in_flight -= 1
+
+
+class Pool:
+    """Use as ``async with``: watching and probing run inside."""
+
+    def __init__(self, registry: Registry, limits: Limits, *, rng: random.Random | None = None) -> None:
+        self._registry = registry
+        self._limits = limits
+        self._rng = rng or random.Random()
+        self._workers: dict[str, WorkerView] = {}
+        self._probes: dict[str, asyncio.Task[None]] = {}
+        self._watch: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+        self._ready: dict[tuple[LegRole, str | None], tuple[WorkerView, ...]] = {}
+        self._reported_models: frozenset[str] = frozenset()
+
+    async def __aenter__(self) -> "Pool":
+        self._watch = asyncio.create_task(self._follow(), name="registry-watch")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        tasks = [*self._probes.values()] + ([self._watch] if self._watch is not None else [])
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for worker in self._workers.values():
+            worker.client.close()
+
+    @property
+    def workers(self) -> tuple[WorkerView, ...]:
+        return tuple(self._workers.values())
+
+    def ready(self, role: LegRole, model: str | None = None) -> tuple[WorkerView, ...]:
+        """Workers that may be given this leg of a request for this model."""
+        key = (role, model)
+        found = self._ready.get(key)
+        if found is None:
+            found = tuple(w for w in self.workers if w.ready and w.has_role(role) and w.serves(model))
+            if found:  # names that nobody serves are not kept: clients choose them
+                self._ready[key] = found
+        return found
+
+    def models(self) -> tuple[str, ...]:
+        """Every name that some worker answers to."""
+        return tuple(dict.fromkeys(name for worker in self.workers for name in worker.models))
+
+    def report_lost(self, worker: WorkerView, error: DiptychError) -> None:
+        """A leg found that the worker cannot be reached: down until a probe says otherwise."""
+        if worker.facts is not None:
+            _log.warning("worker %s is down: %s", worker.worker_id, error.message)
+            worker.facts = None
+            worker.kick.set()
+            self._note_change()
+
+    async def wait_until(self, condition: Callable[["Pool"], bool], timeout_s: float) -> bool:
+        """True as soon as the condition holds, False when it does not in time."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        while not condition(self):
+            try:
+                await asyncio.wait_for(self._changed.wait(), deadline - loop.time())
+            except asyncio.TimeoutError:
+                return condition(self)
+        return True
+
+    def _note_change(self) -> None:
+        self._ready.clear()
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _follow(self) -> None:
+        delay_s = 1.0
+        while True:
+            try:
+                async for snapshot in self._registry.watch():
+                    self._apply(snapshot)
+                    delay_s = 1.0
+                return  # the registry was closed; the last snapshot stays
+            except Exception:
+                _log.exception(
+                    "the registry failed; serving on its last snapshot, next try in %.0f s", delay_s
+                )
+            await asyncio.sleep(delay_s)
+            delay_s = min(delay_s * 2, 30.0)
+
+    def _apply(self, snapshot: Snapshot) -> None:
+        announced = {info.worker_id: info for info in snapshot}
+        for worker_id in [*self._workers]:
+            info = announced.get(worker_id)
+            if info is None or info.url != self._workers[worker_id].info.url:
+                self._drop(worker_id)
+        for worker_id, info in announced.items():
+            worker = self._workers.get(worker_id)
+            if worker is None:
+                self._add(info)
+            elif info != worker.info:
+                if info.incarnation != worker.info.incarnation:
+                    worker.facts = None
+                worker.info = info
+                worker.kick.set()
+        self._note_change()
+
+    def _add(self, info: WorkerInfo) -> None:
+        try:
+            worker = WorkerView(info, self._limits)
+        except DiptychError as error:
+            _log.error("worker %s is left out: %s", info.worker_id, error.message)  # noqa: TRY400
+            return
+        self._workers[info.worker_id] = worker
+        self._probes[info.worker_id] = asyncio.create_task(
+            self._keep_probing(worker), name=f"probe-{info.worker_id}"
+        )
+
+    def _drop(self, worker_id: str) -> None:
+        worker = self._workers.pop(worker_id)
+        self._probes.pop(worker_id).cancel()
+        worker.client.close()  # legs that run on it go on
+        _log.info("worker %s left", worker_id)
+
+    async def _keep_probing(self, worker: WorkerView) -> None:
+        retry_s = self._limits.probe_retry_s
+        while True:
+            await self._probe(worker)
+            if worker.facts is not None:
+                retry_s = self._limits.probe_retry_s
+                delay_s = self._limits.probe_interval_s
+            else:
+                delay_s = retry_s
+                retry_s = min(retry_s * 1.6, self._limits.probe_retry_max_s)
+            await self._pause(worker, delay_s * self._rng.uniform(0.8, 1.2))
+
+    async def _pause(self, worker: WorkerView, delay_s: float) -> None:
+        """Sleep, unless news of the worker come; a loss just found is given its first delay all the same."""
+        worker.kick.clear()
+        try:
+            await asyncio.wait_for(worker.kick.wait(), delay_s)
+        except asyncio.TimeoutError:
+            return
+        if worker.facts is None:
+            await asyncio.sleep(self._limits.probe_retry_s * self._rng.uniform(0.8, 1.2))
+
+    async def _probe(self, worker: WorkerView) -> None:
+        deadline = asyncio.get_running_loop().time() + self._limits.probe_s
+        before = worker.state
+        try:
+            facts: WorkerFacts | None = await ask(worker.client, deadline)
+            worker.misses = 0
+            reason = ""
+        except DeadlineExceeded as error:
+            worker.misses += 1  # one late answer of a busy worker is not a death
+            facts = worker.facts if worker.misses < 2 else None
+            reason = error.message
+        except DiptychError as error:
+            facts, reason = None, error.message
+        if facts == worker.facts and worker.probed:
+            return
+        worker.facts, worker.probed = facts, True
+        self._note_change()
+        if worker.state != before:
+            level = logging.WARNING if facts is None else logging.INFO
+            _log.log(level, "worker %s is %s%s", worker.worker_id, worker.state, f": {reason}" if reason else "")
+        self._compare_models()
+
+    def _compare_models(self) -> None:
+        """A mesh is meant to serve one model; say so once for each set of models seen."""
+        mains = _main_models(self._workers.values())
+        if len(mains) > 1 and frozenset(mains) != self._reported_models:
+            self._reported_models = frozenset(mains)
+            named = "; ".join(f"{model!r} on {', '.join(ids)}" for model, ids in mains.items())
+            _log.error("the workers serve different models: %s; each request stays with one of them", named)
+
+
+def _main_models(workers: Iterable[WorkerView]) -> dict[str, list[str]]:
+    mains: dict[str, list[str]] = {}
+    for worker in workers:
+        if worker.models:
+            mains.setdefault(worker.models[0], []).append(worker.worker_id)
+    return mains

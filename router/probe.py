@@ -1,0 +1,54 @@
+"""Asking one worker how it is: GET /server_info, or GET /health where that does not exist."""
+
+from dataclasses import dataclass
+
+import msgspec
+
+from diptych.errors import Unavailable
+from diptych.router.client import WorkerClient
+from diptych.wire import WorkerState
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFacts:
+    """What a worker says of itself."""
+
+    state: WorkerState = "READY"
+    models: tuple[str, ...] = ()  # the names it answers to, its own first; empty: it did not say
+    incarnation: str = ""
+    role: str = ""
+    version: str = ""
+
+
+class _ServerInfo(msgspec.Struct):
+    state: WorkerState = "READY"
+    model: str | None = None
+    models: list[str] = []
+    incarnation: str | None = None
+    role: str | None = None
+    version: str | None = None
+
+
+async def ask(client: WorkerClient, deadline: float) -> WorkerFacts:
+    """Raises the client's errors, and Unavailable when the worker answers that it is not well."""
+    reply = await client.request("GET", "/server_info", deadline=deadline)
+    if reply.status == 404:
+        reply = await client.request("GET", "/health", deadline=deadline)
+        if reply.status == 200:
+            return WorkerFacts()
+    if reply.status != 200:
+        raise Unavailable(f"The worker at {client.url} answers its probe with status {reply.status}.")
+    try:
+        info = msgspec.json.decode(reply.body, type=_ServerInfo)
+    except msgspec.DecodeError as error:
+        raise Unavailable(
+            f"The worker at {client.url} answers its probe with something else: {error}."
+        ) from None
+    names = dict.fromkeys(name for name in (info.model, *info.models) if name)
+    return WorkerFacts(
+        state=info.state,
+        models=tuple(names),
+        incarnation=info.incarnation or "",
+        role=info.role or "",
+        version=info.version or "",
+    )

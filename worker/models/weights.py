@@ -1,0 +1,119 @@
+"""The canonical weights of a model: names, shapes, and the checkpoint tensors that each is made of.
+
+Query, key and value projections are one matrix, gate and up another, because one wide product is faster than several.
+Names: ``embed_tokens``, ``norm``, ``lm_head`` (absent when tied), and for each layer ``layers.{i}.`` with ``input_norm``,
+``post_norm``, ``qkv``, ``qkv_bias``, ``q_norm``, ``k_norm``, ``o``, ``o_bias``, ``gate_up``, ``down``.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diptych.kv_layout import DType
+from diptych.worker.models.config import ModelConfig
+
+_DTYPES: dict[DType, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One tensor of a checkpoint, by its name in each format."""
+
+    hf_name: str
+    gguf_name: str
+    shape: tuple[int, ...]
+    # Number of heads whose rows GGUF's llama converter interleaves for its own rotation; None: rows as in Hugging Face.
+    interleaved_heads: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSpec:
+    """One canonical weight: its parts one after the other along the first axis."""
+
+    name: str
+    parts: tuple[Part, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+
+
+def torch_dtype(config: ModelConfig) -> torch.dtype:
+    return _DTYPES[config.dtype]
+
+
+def weight_specs(config: ModelConfig) -> list[WeightSpec]:
+    vocab, hidden = config.vocab_size, config.hidden_size
+    specs = [
+        _single("embed_tokens", "model.embed_tokens.weight", "token_embd.weight", (vocab, hidden)),
+        _single("norm", "model.norm.weight", "output_norm.weight", (hidden,)),
+    ]
+    if not config.tie_word_embeddings:
+        specs.append(_single("lm_head", "lm_head.weight", "output.weight", (vocab, hidden)))
+    for layer in range(config.num_layers):
+        specs.extend(_layer(config, layer))
+    return specs
+
+
+def dummy_weights(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
+    """Random weights that keep activations in range; the same seed gives the same model in every process."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype = torch_dtype(config)
+    weights = {}
+    for spec in weight_specs(config):
+        if spec.name.endswith("norm"):
+            weights[spec.name] = torch.ones(spec.shape, dtype=dtype)
+        else:
+            weights[spec.name] = torch.empty(spec.shape, dtype=dtype).normal_(0.0, 0.02, generator=generator)
+    return weights
+
+
+def _single(name: str, hf_name: str, gguf_name: str, shape: tuple[int, ...]) -> WeightSpec:
+    return WeightSpec(name, (Part(hf_name, gguf_name, shape),))
+
+
+def _layer(config: ModelConfig, layer: int) -> Iterator[WeightSpec]:
+    ours, hf, gguf = f"layers.{layer}", f"model.layers.{layer}", f"blk.{layer}"
+    hidden, inner = config.hidden_size, config.intermediate_size
+    heads_width = config.num_heads * config.head_dim
+    yield _single(f"{ours}.input_norm", f"{hf}.input_layernorm.weight", f"{gguf}.attn_norm.weight", (hidden,))
+    yield _qkv(config, layer, "weight", f"{ours}.qkv")
+    if config.qkv_bias:
+        yield _qkv(config, layer, "bias", f"{ours}.qkv_bias")
+    if config.qk_norm:
+        for which in ("q_norm", "k_norm"):
+            names = f"{hf}.self_attn.{which}.weight", f"{gguf}.attn_{which}.weight"
+            yield _single(f"{ours}.{which}", *names, (config.head_dim,))
+    output = f"{hf}.self_attn.o_proj", f"{gguf}.attn_output"
+    yield _single(f"{ours}.o", f"{output[0]}.weight", f"{output[1]}.weight", (hidden, heads_width))
+    if config.o_bias:
+        yield _single(f"{ours}.o_bias", f"{output[0]}.bias", f"{output[1]}.bias", (hidden,))
+    yield _single(
+        f"{ours}.post_norm", f"{hf}.post_attention_layernorm.weight", f"{gguf}.ffn_norm.weight", (hidden,)
+    )
+    gate = Part(f"{hf}.mlp.gate_proj.weight", f"{gguf}.ffn_gate.weight", (inner, hidden))
+    up = Part(f"{hf}.mlp.up_proj.weight", f"{gguf}.ffn_up.weight", (inner, hidden))
+    yield WeightSpec(f"{ours}.gate_up", (gate, up))
+    yield _single(f"{ours}.down", f"{hf}.mlp.down_proj.weight", f"{gguf}.ffn_down.weight", (hidden, inner))
+
+
+def _qkv(config: ModelConfig, layer: int, kind: str, name: str) -> WeightSpec:
+    tail = (config.hidden_size,) if kind == "weight" else ()
+
+    def part(letter: str, heads: int) -> Part:
+        interleaved = config.family in ("llama", "mistral") and letter != "v"
+        return Part(
+            f"model.layers.{layer}.self_attn.{letter}_proj.{kind}",
+            f"blk.{layer}.attn_{letter}.{kind}",
+            (heads * config.head_dim, *tail),
+            interleaved_heads=heads if interleaved else None,
+        )
+
+    kv = config.num_kv_heads
+    return WeightSpec(name, (part("q", config.num_heads), part("k", kv), part("v", kv)))
