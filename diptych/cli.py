@@ -129,9 +129,10 @@ def disaggregated(config_file: str, **options: Any) -> None:
     config = load_disagg_config(config_file, given)
     logs.configure(config.log_level)
     config.require_urls(config_file)
+    # Only to learn the port and whether it is free: the router opens its own listeners, one a process.
     with open_listener(config.hostname, config.port, fd=config.listen_fd) as listener:
-        config = replace(config, listen_fd=listener.fileno(), port=listener.getsockname()[1])
-        _run_router(config)
+        config = replace(config, listen_fd=None, port=listener.getsockname()[1])
+    _run_router(config)
 
 
 @main.command()
@@ -198,8 +199,11 @@ def _run_router(config: Any) -> None:
     from diptych.discovery.static import StaticRegistry
     from diptych.router.app import run
 
-    registry = StaticRegistry(config.context_servers.urls, config.generation_servers.urls)
-    asyncio.run(run(config, registry))
+    async def route() -> None:
+        registry = StaticRegistry.from_urls(config.context_servers.urls, config.generation_servers.urls)
+        await run(config, registry)
+
+    asyncio.run(route())
 
 
 def _refuse_discovery(given: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ def _adopt(fd: int) -> socket.socket:
     except OSError as error:
         raise StartupError(f"file descriptor {fd} is not a socket: {error.strerror}") from error
     if not listening:
+        listener.close()
         raise StartupError(f"the socket with file descriptor {fd} does not listen")
     listener.setblocking(False)
     return listener

@@ -1,9 +1,9 @@
 """Attention on a paged KV cache, in plain torch: the reference of every device kernel, and the portable path.
 
-`plan_attention` looks at a step once; `append_kv` and `paged_attention` then run for every layer with that plan.
-A layer's cache is `[num_blocks, 2, num_kv_heads, tokens_per_block, head_dim]`, K at index 0 and V at index 1, and may be
-strided. Slots that were never written may hold anything, NaN included: only slots of a sequence's context are read.
-Knows nothing of models or scheduling.
+`plan_attention` looks at a step once; `append_kv` and `paged_attention` then run for every layer with that
+plan. A layer's cache is `[num_blocks, 2, num_kv_heads, tokens_per_block, head_dim]`, K at index 0 and V at
+index 1, and may be strided. Slots that were never written may hold anything, NaN included: only slots of a
+sequence's context are read. Knows nothing of models or scheduling.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,9 @@ class SequenceSpan:
     block_ids: Tensor  # blocks that hold the visible context
     skip: int  # slots at the front of the first block that no row sees
     length: int  # visible context of all rows together
-    mask: Tensor | None  # [rows, length], True = visible; None when `causal` says it all or one row sees everything
+    mask: (
+        Tensor | None
+    )  # [rows, length], True = visible; None when `causal` says it all or one row sees everything
     causal: bool  # rows are the whole visible context: a plain lower triangle
 
 

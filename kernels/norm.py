@@ -12,6 +12,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Add `x` to the residual stream; return the normalised sum and the sum, which keeps the residual's dtype."""
+    """Add `x` to the residual stream; the normalised sum, and the sum in the residual's dtype."""
     total = residual + x
     return rms_norm(total, weight, eps), total

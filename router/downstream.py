@@ -12,7 +12,7 @@ from aiohttp import HttpVersion11, web
 from multidict import CIMultiDict
 
 from diptych.errors import DiptychError
-from diptych.router.client import Reply
+from diptych.router.exchange import Reply
 from diptych.router.frontends.openai import error_event
 
 _HIGH_WATER = 256 * 1024
@@ -60,6 +60,7 @@ class Downstream:
         await stream.write(first)
 
     def write(self, data: bytes) -> bool:
+        """`data` is not empty: an empty chunk would end the body."""
         transport = self._request.transport
         if transport is None or transport.is_closing():
             return False  # drain says why
@@ -102,13 +103,25 @@ class Downstream:
     async def fail(self, error: DiptychError, timeout_s: float) -> web.StreamResponse:
         """Tell the client the error: as an answer, or as the last event of a stream that has begun."""
         if self._stream is not None:
-            return await self.fail_stream(orjson.dumps(error.body()), timeout_s)
+            return await self._fail_stream(orjson.dumps(error.body()), timeout_s)
         self.failed = True
+        if error.status == HTTPStatus.SERVICE_UNAVAILABLE:
+            self.set_header("Retry-After", "1")
         for name, value in error.headers().items():
             self.set_header(name, value)
         return self.answer(error.status, orjson.dumps(error.body()))
 
-    async def fail_stream(self, error_body: bytes, timeout_s: float) -> web.StreamResponse:
+    async def refuse(self, reply: Reply, timeout_s: float) -> web.StreamResponse:
+        """Tell the client a worker's error, in the worker's words."""
+        if self._stream is None:
+            return self.pass_on(reply)
+        try:
+            body = orjson.dumps(orjson.loads(reply.body))  # on one line
+        except orjson.JSONDecodeError:
+            body = orjson.dumps(DiptychError(f"A worker answered with status {reply.status}.").body())
+        return await self._fail_stream(body, timeout_s)
+
+    async def _fail_stream(self, error_body: bytes, timeout_s: float) -> web.StreamResponse:
         self.failed = True
         # A worker that ends its chunks inside an event must not turn the error into a part of that event.
         between = b"" if self._last.endswith((b"\n\n", b"\r\n\r\n")) or not self._last else b"\n\n"

@@ -1,7 +1,7 @@
 """The live workers: who may be given a leg now.
 
-Follows a registry's snapshots, asks each worker regularly how it is, and believes a failed connection at once.
-A worker is ready when the registry does not say otherwise, its last probe went well and it says READY itself.
+Follows a registry's snapshots, asks each worker regularly how it is, and believes a failed connection at
+once. A worker is ready when the registry does not say otherwise and its last probe found it READY.
 Knows nothing of requests beyond how many are in flight.
 """
 
@@ -26,12 +26,13 @@ _log = logging.getLogger(__name__)
 class WorkerView:
     """What the router knows of one worker."""
 
-    __slots__ = ("client", "facts", "in_flight", "info", "kick", "misses", "probed")
+    __slots__ = ("_models", "client", "facts", "in_flight", "info", "kick", "misses", "probed")
 
     def __init__(self, info: WorkerInfo, limits: Limits) -> None:
         self.info = info
         self.client = WorkerClient(info.url, limits)
         self.facts: WorkerFacts | None = None  # None: down, or not asked yet
+        self._models: tuple[str, ...] = ()
         self.probed = False
         self.misses = 0  # probes in a row that were not answered in time
         self.in_flight = 0
@@ -54,9 +55,13 @@ class WorkerView:
 
     @property
     def models(self) -> tuple[str, ...]:
-        if self.facts is not None and self.facts.models:
-            return self.facts.models
-        return (self.info.model,) if self.info.model else ()
+        """The names it answers to, also while it is down; empty when nobody has said."""
+        return self._models or ((self.info.model,) if self.info.model else ())
+
+    def learn(self, facts: WorkerFacts | None) -> None:
+        self.facts = facts
+        if facts is not None and facts.models:
+            self._models = facts.models
 
     def has_role(self, role: LegRole) -> bool:
         return self.info.role in (role, "BOTH")
@@ -181,7 +186,7 @@ class Pool:
         try:
             worker = WorkerView(info, self._limits)
         except DiptychError as error:
-            _log.error("worker %s is left out: %s", info.worker_id, error.message)  # noqa: TRY400
+            _log.error("worker %s is left out: %s", info.worker_id, error.message)
             return
         self._workers[info.worker_id] = worker
         self._probes[info.worker_id] = asyncio.create_task(
@@ -231,11 +236,14 @@ class Pool:
             facts, reason = None, error.message
         if facts == worker.facts and worker.probed:
             return
-        worker.facts, worker.probed = facts, True
+        worker.learn(facts)
+        worker.probed = True
         self._note_change()
         if worker.state != before:
             level = logging.WARNING if facts is None else logging.INFO
-            _log.log(level, "worker %s is %s%s", worker.worker_id, worker.state, f": {reason}" if reason else "")
+            _log.log(
+                level, "worker %s is %s%s", worker.worker_id, worker.state, f": {reason}" if reason else ""
+            )
         self._compare_models()
 
     def _compare_models(self) -> None:

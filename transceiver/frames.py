@@ -1,11 +1,13 @@
 """What two transceivers say to each other, and how it is framed: a length, then one msgpack message.
 
-Bounded and typed: a frame that is too long, or no message of this protocol, is a `BadFrame` and costs its sender
-the connection, nothing else. Raw block bytes travel between a `Sending` and a `Sent` frame. Knows no sockets.
+Bounded and typed: a frame that is too long, or no message of this protocol, is a `BadFrame` and costs its
+sender the connection, nothing else. Raw block bytes travel between a `Sending` and a `Sent` frame. Knows no
+sockets.
 """
 
 import hashlib
 import hmac
+import secrets
 import struct
 from typing import Annotated, Literal
 
@@ -46,7 +48,7 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
-    code: str
+    code: Literal["layout", "peer_gone", "refused"]
     message: str
 
 
@@ -126,3 +128,7 @@ def proof_of(secret: bytes, side: Literal["owner", "reader"], first: bytes, seco
 
 def same_proof(given: bytes, expected: bytes) -> bool:
     return hmac.compare_digest(given, expected)
+
+
+def new_nonce() -> bytes:
+    return secrets.token_bytes(NONCE_BYTES)

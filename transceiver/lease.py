@@ -1,8 +1,8 @@
 """Leases: which blocks are held for whom, and when that ends.
 
 Pure: the clock is passed in, nothing is sent, no block is freed here. Every lease ends exactly once, with one
-reason; whoever ends it gets the `EndedLease` and returns its blocks. Expiry depends on time alone, never on new
-work coming in.
+reason; whoever ends it gets the `EndedLease` and returns its blocks. Expiry depends on time alone, never on
+new work coming in.
 """
 
 from collections.abc import Iterable

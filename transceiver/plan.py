@@ -1,12 +1,12 @@
 """The copy plan: which bytes of the owner's pool go where in the reader's pool.
 
-Pure arithmetic over two `KvLayout`s and two block lists. A plan is byte spans relative to the first block of each
-pool; it knows no addresses, no transports and no tickets. Today both layouts must be equal, and then one block is
-one span; spans can express re-sliced layouts as well.
+Pure arithmetic over two `KvLayout`s and two block lists. A plan is byte spans relative to the first block of
+each pool; it knows no addresses, no transports and no tickets. Today both layouts must be equal, and then one
+block is one span; spans can express re-sliced layouts as well.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
@@ -36,28 +36,45 @@ class CopyPlan:
     def pieces(self, max_bytes: int) -> "CopyPlan":
         """The same copy in spans of at most `max_bytes`, cut between blocks (a block is never cut)."""
         step = max(1, max_bytes // self.block_bytes) * self.block_bytes
-        counts = -(-self.length // step)
-        first = np.repeat(np.cumsum(counts) - counts, counts)
-        inside = (np.arange(int(counts.sum())) - first) * step
-        return CopyPlan(
-            source_blocks=self.source_blocks,
-            destination_blocks=self.destination_blocks,
-            source_offset=np.repeat(self.source_offset, counts) + inside,
-            destination_offset=np.repeat(self.destination_offset, counts) + inside,
-            length=np.minimum(np.repeat(self.length, counts) - inside, step),
-            block_bytes=self.block_bytes,
+        index, inside, length = cut(self.length, step)
+        return replace(
+            self,
+            source_offset=self.source_offset[index] + inside,
+            destination_offset=self.destination_offset[index] + inside,
+            length=length,
         )
 
-    def batches(self, max_bytes: int, max_spans: int) -> Iterator[slice]:
-        """Consecutive spans of at most `max_bytes` (unless one span is longer) and at most `max_spans`."""
-        first, batch_bytes = 0, 0
-        for i, length in enumerate(self.length.tolist()):
-            if i > first and (batch_bytes + length > max_bytes or i - first == max_spans):
-                yield slice(first, i)
-                first, batch_bytes = i, 0
-            batch_bytes += length
-        if first < len(self.length):
-            yield slice(first, len(self.length))
+    def require_within(self, *, source_blocks: int, destination_blocks: int) -> None:
+        """Both pools are large enough; the sizes are in blocks."""
+        for side, blocks, limit in (
+            ("source", self.source_blocks, source_blocks),
+            ("destination", self.destination_blocks, destination_blocks),
+        ):
+            if len(blocks) and not 0 <= int(blocks.min()) <= int(blocks.max()) < limit:
+                raise TransferError(
+                    f"{side} blocks {int(blocks.min())} to {int(blocks.max())} lie outside a pool of {limit}",
+                    code="layout",
+                )
+
+
+def cut(length: Int64s, step: int) -> tuple[Int64s, Int64s, Int64s]:
+    """Spans of at most `step` bytes: (which span each comes from, offset inside it, length)."""
+    counts = -(-length // step)
+    index = np.repeat(np.arange(len(length)), counts)
+    inside = (np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)) * step
+    return index, inside, np.minimum(length[index] - inside, step)
+
+
+def batches(length: Int64s, max_bytes: int, max_spans: int) -> Iterator[slice]:
+    """Runs of at most `max_spans` spans and `max_bytes` together (a longer span goes alone)."""
+    first, batch_bytes = 0, 0
+    for i, span_bytes in enumerate(length.tolist()):
+        if i > first and (batch_bytes + span_bytes > max_bytes or i - first == max_spans):
+            yield slice(first, i)
+            first, batch_bytes = i, 0
+        batch_bytes += span_bytes
+    if first < len(length):
+        yield slice(first, len(length))
 
 
 def plan_copy(

@@ -1,10 +1,12 @@
 """The memory of one rank's KV pool: a memfd that other processes of the host can map and check.
 
-    | header page | generation numbers, uint64 [num_blocks], padded to pages | blocks, uint8 [num_blocks, block_bytes] |
+    | header page | generation numbers: uint64 [num_blocks] | blocks: uint8 [num_blocks, block_bytes] |
 
-The header says whose memory this is, so that a peer that opened a recycled pid or descriptor finds out before it
-reads a block. Knows nothing of torch, of transports, or of who uses which block: the scheduler's block pool owns
-the generation numbers and bumps one before it writes a reused block.
+each padded to whole pages.
+
+The header says whose memory this is, so that a peer that opened a recycled pid or descriptor finds out before
+it reads a block. Knows nothing of torch, of transports, or of who uses which block: the scheduler's block
+pool owns the generation numbers and bumps one before it writes a reused block.
 """
 
 import contextlib
@@ -23,6 +25,7 @@ from diptych.kv_layout import KvLayout
 
 MAGIC = b"DIPTYCHK"
 VERSION = 1
+MEMFD_NAME = "diptych-kv-pool"
 
 _HEADER = struct.Struct("<8sI64s16sQQ")  # magic, version, incarnation, fingerprint, num_blocks, block_bytes
 _PAGE = mmap.PAGESIZE
@@ -71,8 +74,8 @@ class PoolView:
 class PoolMemory(PoolView):
     """The owner's side: creates the memfd and touches every page, so that no transfer pays for page faults.
 
-    `populate_s` is what the touching took. `close` gives up the descriptor; the pages go when the last array over
-    them (here, in torch, or in a peer's mapping) is gone.
+    `populate_s` is what the touching took. `close` gives up the descriptor; the pages go when the last array
+    over them (here, in torch, or in a peer's mapping) is gone.
     """
 
     def __init__(self, fd: int, mapping: mmap.mmap, identity: PoolIdentity, populate_s: float) -> None:
@@ -92,7 +95,7 @@ class PoolMemory(PoolView):
             block_bytes=layout.block_bytes,
         )
         header = identity.pack()
-        fd = os.memfd_create("diptych-kv-pool", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fd = os.memfd_create(MEMFD_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, identity.total_bytes)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)  # a peer's mapping can never lose its pages
@@ -102,7 +105,7 @@ class PoolMemory(PoolView):
             os.close(fd)
             size = identity.total_bytes / 2**30
             raise StartupError(
-                f"a KV pool of {num_blocks} blocks needs {size:.2f} GiB of memory, the system refused: {error}"
+                f"a KV pool of {num_blocks} blocks needs {size:.2f} GiB, the system refused: {error}"
             ) from error
         mapping[: len(header)] = header
         return cls(fd, mapping, identity, time.monotonic() - started)

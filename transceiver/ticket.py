@@ -1,7 +1,7 @@
 """The ticket: everything a reader must know to fetch the KV of one finished prefill.
 
-Bytes to everyone but the transceiver: msgpack with a version, never pickle. Says where the blocks are and how to
-prove that they are still the same; knows nothing of the request that they belong to.
+Bytes to everyone but the transceiver: msgpack with a version, never pickle. Says where the blocks are and how
+to prove that they are still the same; knows nothing of the request that they belong to.
 """
 
 import secrets

@@ -1,22 +1,21 @@
 """The seam between the transceiver and the ways bytes travel, and the table of those ways.
 
-A transport proves by itself whether it can reach a peer (`connect` raises `Unreachable` with the reason when not);
-nobody configures that. It moves the bytes of a `CopyPlan` and reports the owner's generation numbers as they were
-after the last byte had left; it knows nothing of tickets, leases, digests or retries.
+A transport proves by itself whether it can reach a peer (`connect` raises `Unreachable` with the reason when
+not); nobody configures that. It moves the bytes of a `CopyPlan` and reports the owner's generation numbers as
+they were after the last byte had left; it knows nothing of tickets, leases, digests or retries.
 """
 
 import importlib
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-from diptych.errors import ConfigError, TransferError
+from diptych.errors import ConfigError
 from diptych.transceiver.plan import CopyPlan
 from diptych.transceiver.pool_memory import Generations, PoolMemory
 from diptych.transceiver.server import Server
+from diptych.transceiver.stop import Stop
 
 # Name in settings and tickets -> class, imported on use.
 TRANSPORTS = {
@@ -24,7 +23,8 @@ TRANSPORTS = {
     "tcp": "diptych.transceiver.tcp:TcpTransport",
 }
 
-# Called as bytes land: offset and length in the destination pool, whole blocks, each once. On the copying thread.
+# Called as bytes land: offset and length in the destination pool, whole blocks, each once. On the copying
+# thread.
 Landed = Callable[[int, int], None]
 
 
@@ -44,40 +44,11 @@ class Unreachable(Exception):
         self.remedy = remedy
 
 
-class Stop:
-    """When a fetch has to let go: at its deadline, or when somebody aborts it. Real time, always."""
-
-    # How often a wait that cannot be interrupted looks whether it should end.
-    _SLICE_S = 0.1
-
-    def __init__(self, timeout_s: float) -> None:
-        self._deadline = time.monotonic() + timeout_s
-        self._aborted = threading.Event()
-
-    @property
-    def aborted(self) -> bool:
-        return self._aborted.is_set()
-
-    def abort(self) -> None:
-        self._aborted.set()
-
-    def remaining_s(self) -> float:
-        return self._deadline - time.monotonic()
-
-    def slice_s(self) -> float:
-        """How long to wait at most before the next `check`."""
-        return max(0.001, min(self._SLICE_S, self.remaining_s()))
-
-    def check(self) -> None:
-        if self._aborted.is_set():
-            raise TransferError("the transfer was aborted", code="cancelled")
-        if self.remaining_s() <= 0:
-            raise TransferError("the transfer did not end before its deadline", code="deadline")
-
-
 @dataclass(frozen=True, slots=True)
 class TransportContext:
-    """What a transport is built from. Transports that need a port of their owner share the transceiver's server."""
+    """What a transport is built from. Transports that need a port of their owner share the transceiver's
+    server.
+    """
 
     server: Server
     secret: bytes | None = None
@@ -107,7 +78,9 @@ class Transfer(Protocol):
 
     @property
     def generations(self) -> Generations:
-        """Of the plan's source blocks, in its order, read by or from the owner after the copy. Only when done."""
+        """Of the plan's source blocks, in its order, read by or from the owner after the copy. Only when
+        done.
+        """
         ...
 
     def wait(self) -> None:

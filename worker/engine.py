@@ -10,12 +10,8 @@ from typing import Protocol
 
 import msgspec
 
-from diptych.transceiver.transceiver import (
-    FetchDone,
-    FetchFailed,
-    LeaseEnded,
-    Transceiver,
-)
+from diptych.transceiver.settings import FetchDone, FetchFailed, LeaseEnded
+from diptych.transceiver.transceiver import Transceiver
 from diptych.wire import (
     Abort,
     EngineOutput,
@@ -66,7 +62,6 @@ class Engine:
         self._clock = clock
         self._fetches: dict[int, str] = {}  # fetch id -> request id
         self._tickets = 0  # open leases
-        self._leases_expired = 0
         self._steps = 0
         self._checked = True
         self._stats_at = 0.0
@@ -134,16 +129,16 @@ class Engine:
                 case FetchDone():
                     request_id = self._fetches.pop(event.fetch_id)
                     times = SequenceTimes(
-                        wire_s=event.wire_s, wire_bytes=event.num_bytes, transport=event.transport
+                        wire_s=event.wire_s, wire_bytes=event.bytes, transport=event.transport
                     )
                     self._scheduler.fetch_done(request_id, times, now)
                 case FetchFailed():
                     request_id = self._fetches.pop(event.fetch_id)
-                    log.warning("%s: KV fetch failed (%s): %s", request_id, event.code, event.message)
+                    if event.code != "cancelled":
+                        log.warning("%s: KV fetch failed (%s), computing the prompt: %s", request_id, event.code, event.message)
                     self._scheduler.fetch_failed(request_id, SequenceTimes(transport="recompute"), now)
                 case LeaseEnded():
                     self._tickets -= 1
-                    self._leases_expired += event.reason == "expired"
                     self._scheduler.unlease(event.block_ids)
 
     def _compute(self, plan: StepPlan) -> Iterator[TokenEvent]:
@@ -193,8 +188,8 @@ class Engine:
             fetches=transfers.fetches,
             fetch_failures=dict(transfers.failures),
             fetch_bytes=transfers.bytes,
-            fetch_s=transfers.seconds,
-            leases_expired=self._leases_expired,
+            fetch_s=transfers.total_s,
+            leases_expired=transfers.leases_ended.get("expired", 0),
             iteration=iteration_stats(plan, scheduler, self._steps, now - started)
             if self._collect_iterations and plan.chunks
             else None,

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 _DEFAULT_CPU_POOL_BYTES = 512 << 20
 _PR_SET_PDEATHSIG = 1
+_PROGRESS_STEP = 0.05
 
 
 def main() -> None:
@@ -73,7 +74,8 @@ def _build(settings: EngineSettings, link: EngineLink) -> "Engine":
     import torch
 
     from diptych.transceiver.pool_memory import PoolMemory
-    from diptych.transceiver.transceiver import Transceiver, TransceiverSettings
+    from diptych.transceiver.settings import TransceiverSettings
+    from diptych.transceiver.transceiver import Transceiver
     from diptych.worker.cache import pool_tensor
     from diptych.worker.engine import Engine
     from diptych.worker.runner import ModelRunner
@@ -88,7 +90,7 @@ def _build(settings: EngineSettings, link: EngineLink) -> "Engine":
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         tokens_per_block=settings.tokens_per_block,
-        dtype="bfloat16",
+        dtype=model.kv_dtype,
         inner=model.inner,
         model="dummy" if settings.load_format == "dummy" else model_digest(path),
     )
@@ -117,7 +119,6 @@ def _build(settings: EngineSettings, link: EngineLink) -> "Engine":
         TransceiverSettings(
             backends=settings.transports,
             bind_host=settings.transceiver_host,
-            advertise_host=settings.transceiver_host,
             lease_s=settings.lease_s,
             timeout_s=settings.kv_transfer_timeout_s,
         ),
@@ -145,11 +146,18 @@ def _build(settings: EngineSettings, link: EngineLink) -> "Engine":
 
 
 def _load(settings: EngineSettings, path: Path, link: EngineLink) -> "tuple[ModelConfig, Model]":
+    import torch
+
     from diptych.worker.models.build import build_model
     from diptych.worker.models.loader import dummy_weights, load_config, load_weights
 
+    shown = 0.0
+
     def progress(fraction: float) -> None:
-        link.send(EngineProgress(message="loading weights", fraction=fraction))
+        nonlocal shown
+        if fraction - shown >= _PROGRESS_STEP:
+            shown = fraction
+            link.send(EngineProgress(message="loading weights", fraction=fraction))
 
     try:
         config = load_config(path)
@@ -160,7 +168,7 @@ def _load(settings: EngineSettings, path: Path, link: EngineLink) -> "tuple[Mode
         model = build_model(
             config,
             weights,
-            device=settings.device,
+            torch.device(settings.device),
             kernel=settings.kernel,
             num_threads=settings.num_threads,
             tokens_per_block=settings.tokens_per_block,

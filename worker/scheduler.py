@@ -10,6 +10,7 @@ fetched KV, preemption and resuming.
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -129,7 +130,7 @@ class Scheduler:
             sequence.fetch_times = times
             self._run(sequence)
 
-    def unlease(self, blocks: list[int]) -> None:
+    def unlease(self, blocks: SequenceOf[int]) -> None:
         self.pool.unlease(blocks)
 
     # The step

@@ -77,5 +77,5 @@ class StepContext:
         )
 
     def layer_cache(self, layer: int) -> Tensor:
-        """One layer of the pool, `[num_blocks, 2, num_kv_heads, tokens_per_block, head_dim]`: a strided view."""
+        """A strided view of one layer, `[num_blocks, 2, num_kv_heads, tokens_per_block, head_dim]`."""
         return self.pool[:, layer]

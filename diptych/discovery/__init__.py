@@ -1,7 +1,8 @@
 """Discovery: who serves, where, and in which state.
 
-A registry is a list of `WorkerInfo` that workers write and routers read. It knows neither HTTP legs nor whether
-a worker answers: that the router finds out by itself. Implementations: `static` (a list from the configuration).
+A registry is a list of `WorkerInfo` that workers write and routers read. It knows neither HTTP legs nor
+whether a worker answers: that the router finds out by itself. Implementations: `static` (a list from the
+configuration).
 """
 
 from collections.abc import AsyncIterator

@@ -1,4 +1,4 @@
-"""A registry that lives in this process: the list that the configuration gives, and no one to tell it otherwise.
+"""A registry that lives in this process: the list of workers that the configuration gives.
 
 Workers of the same process (tests, embedded use) may register as well; watchers then see the change.
 """

@@ -1,4 +1,4 @@
-"""One process of the launcher: start it, repeat its output under its name, remember the last lines, stop it."""
+"""One process of the launcher: start it, show its output under its name, keep the last lines, stop it."""
 
 import asyncio
 import contextlib
@@ -8,6 +8,8 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 
+COMMAND = (sys.executable, "-m", "diptych.cli")  # trtllm-serve, whether or not it is on PATH
+
 _LAST_LINES = 20
 _MAX_LINE = 16 * 1024
 _CHUNK = 64 * 1024
@@ -16,7 +18,7 @@ Print = Callable[[str, str], None]  # name, line
 
 
 class Child:
-    """A process in its own session: signals of the terminal reach only the launcher, which stops all in order."""
+    """A process in its own session: the terminal's signals reach only the launcher, which stops all."""
 
     def __init__(self, name: str, process: asyncio.subprocess.Process, show: Print) -> None:
         self.name = name
@@ -27,12 +29,11 @@ class Child:
 
     @classmethod
     async def start(
-        cls, name: str, arguments: Sequence[str], *, pass_fds: Sequence[int], show: Print
+        cls, name: str, command: Sequence[str], *, pass_fds: Sequence[int], show: Print
     ) -> "Child":
-        """`arguments` are those of `trtllm-serve`."""
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "DIPTYCH_PARENT_PID": str(os.getpid())}
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "diptych.cli", *arguments),
+            *command,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
@@ -54,7 +55,7 @@ class Child:
         return await self._process.wait()
 
     async def stop(self, *, grace_s: float) -> None:
-        """SIGTERM to the process, which ends its own children; after `grace_s` SIGKILL to all of its session."""
+        """SIGTERM to the process, which ends its own children; after `grace_s` SIGKILL to its whole group."""
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(signal.SIGTERM)

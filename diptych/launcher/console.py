@@ -1,4 +1,4 @@
-"""Lines of several processes on one terminal: each begins with its process's name, in colour on a terminal."""
+"""Lines of several processes on one terminal: each begins with its process's name, in colour on a tty."""
 
 import sys
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Ties a process to the one that started it: when the parent is gone, even by SIGKILL, the kernel ends the child."""
+"""Ties a process to the one that started it: when the parent ends, even by SIGKILL, so does the child."""
 
 import ctypes
 import os

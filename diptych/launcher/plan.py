@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 from diptych.config import DisaggConfig, ServerSection
 from diptych.config.disagg import disagg_config
+from diptych.discovery.address import parse_address
 from diptych.errors import ConfigError
-from diptych.small_model import SERVED_NAME, small_model_path
 from diptych.wire import Role
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"  # small, real, and installed with one package
 
 _LOCAL = "127.0.0.1"
 
@@ -28,12 +29,8 @@ class Member:
 
 def default_config(overrides: Mapping[str, Any] | None = None) -> DisaggConfig:
     """One context and one generation worker with the small model."""
-    section = {"num_instances": 1, "served_model_name": SERVED_NAME}
-    data = {
-        "model": str(small_model_path()),
-        "context_servers": section,
-        "generation_servers": dict(section),
-    }
+    section = {"num_instances": 1}
+    data = {"model": DEFAULT_MODEL, "context_servers": section, "generation_servers": section}
     return disagg_config(data, source="the default configuration", overrides=overrides)
 
 
@@ -57,16 +54,18 @@ def _of_section(section: ServerSection, prefix: str, role: Role, model: str) -> 
             Member(name=f"{prefix}{index}", role=role, model=model, options=section.options)
             for index in range(section.count)
         ]
-    started = []
-    for index, url in enumerate(section.urls):
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        host, port = parts.hostname or _LOCAL, parts.port or 0
-        started.append(
-            Member(
-                name=f"{prefix}{index}", role=role, model=model, host=host, port=port, options=section.options
-            )
+    addresses = [parse_address(url) for url in section.urls]
+    return [
+        Member(
+            name=f"{prefix}{index}",
+            role=role,
+            model=model,
+            host=address.host,
+            port=address.port,
+            options=section.options,
         )
-    return started
+        for index, address in enumerate(addresses)
+    ]
 
 
 def _join(context: list[Member], generation: list[Member]) -> list[Member]:

@@ -1,7 +1,7 @@
 """Runs the members of a plan: start, wait until ready, repeat output, and stop everything when one ends.
 
-Every listening socket is opened here and inherited by its process: a port in use shows before anything starts, and no
-port can be lost between choosing and binding it.
+Every listening socket is opened here and inherited by its process: a port in use shows before anything
+starts, and no port can be lost between choosing and binding it.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import yaml
 
 from diptych.config import DisaggConfig
 from diptych.errors import StartupError
-from diptych.launcher.child import Child
+from diptych.launcher.child import COMMAND, Child
 from diptych.launcher.console import Console
 from diptych.launcher.plan import Member, members
 from diptych.launcher.readiness import wait_healthy
@@ -27,6 +27,7 @@ from diptych.listen import open_listener
 
 _NAME = "up"
 _GRACE_S = 10.0
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 WhenReady = Callable[["Supervisor"], Awaitable[int | None]]
 
@@ -47,6 +48,7 @@ class Supervisor:
         with_router: bool = True,
         log_level: str = "info",
         console: Console | None = None,
+        command: Sequence[str] = COMMAND,
     ) -> None:
         self.config = config
         self.members = members(config)
@@ -55,6 +57,7 @@ class Supervisor:
         self.url: str | None = None  # the router's, for people
         self.worker_urls: dict[str, str] = {}
         self._with_router = with_router
+        self._command = command
         self._log_level = log_level
         self._workers: list[Child] = []
         self._router: Child | None = None
@@ -80,16 +83,17 @@ class Supervisor:
         checks = [asyncio.create_task(self._check(name, url)) for name, url in targets.items()]
         death = asyncio.create_task(self._first_death())
         try:
-            ready = asyncio.ensure_future(asyncio.gather(*checks))
-            await asyncio.wait({ready, death}, return_when=asyncio.FIRST_COMPLETED)
-            if death.done():
-                ready.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await ready
-                raise ChildDied(death.result())
-            await ready
+            pending: set[asyncio.Task[Any]] = {death, *checks}
+            while death in pending and len(pending) > 1:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                if death in done:
+                    raise ChildDied(death.result())
+                for check in done:
+                    await check  # raises what it found
         finally:
-            death.cancel()
+            for task in (death, *checks):
+                task.cancel()
+            await asyncio.gather(death, *checks, return_exceptions=True)
         self.say(f"ready after {time.monotonic() - began:.1f} s" + (f": {self.url}" if self.url else ""))
 
     async def watch(self) -> None:
@@ -136,7 +140,7 @@ class Supervisor:
             *("--config", str(file), "--log_level", self._log_level),
         ]
         self.say(f"starting {member.name} on {_authority(member.host, port)}")
-        return await Child.start(member.name, arguments, pass_fds=[listener.fileno()], show=self.console.show)
+        return await self._start_child(member.name, arguments, listener)
 
     async def _start_router(self, listener: socket.socket, folder: Path) -> Child:
         port = listener.getsockname()[1]
@@ -147,7 +151,11 @@ class Supervisor:
         arguments = ["disaggregated", "-c", str(file), "--listen_fd", str(listener.fileno())]
         arguments += ["--log_level", self._log_level]
         self.say(f"starting router on {_authority(self.config.hostname, port)}")
-        return await Child.start("router", arguments, pass_fds=[listener.fileno()], show=self.console.show)
+        return await self._start_child("router", arguments, listener)
+
+    async def _start_child(self, name: str, arguments: Sequence[str], listener: socket.socket) -> Child:
+        fds = [listener.fileno()]
+        return await Child.start(name, [*self._command, *arguments], pass_fds=fds, show=self.console.show)
 
     def _router_settings(self, port: int) -> dict[str, Any]:
         """The configuration as it was read, with the urls that the workers got."""
@@ -198,10 +206,10 @@ def run(
 ) -> int:
     """Until Ctrl-C (0) or until a process dies (1). `when_ready` may end it with its own exit code."""
     supervisor = Supervisor(config, with_router=with_router, log_level=log_level)
-    return asyncio.run(_supervise(supervisor, when_ready))
+    return asyncio.run(supervise(supervisor, when_ready))
 
 
-async def _supervise(supervisor: Supervisor, when_ready: WhenReady | None) -> int:
+async def supervise(supervisor: Supervisor, when_ready: WhenReady | None = None) -> int:
     loop = asyncio.get_running_loop()
     work = asyncio.create_task(_work(supervisor, when_ready))
     signals = 0
@@ -215,12 +223,15 @@ async def _supervise(supervisor: Supervisor, when_ready: WhenReady | None) -> in
         else:
             supervisor.kill()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _STOP_SIGNALS:
         loop.add_signal_handler(number, on_signal)
     try:
         return await work
     except asyncio.CancelledError:
         return 0
+    finally:
+        for number in _STOP_SIGNALS:
+            loop.remove_signal_handler(number)
 
 
 async def _work(supervisor: Supervisor, when_ready: WhenReady | None) -> int:

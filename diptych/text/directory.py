@@ -1,6 +1,7 @@
-"""Finds the tokenizer, special tokens, chat templates and generation defaults of a Hugging Face model directory.
+"""Finds tokenizer, special tokens, chat templates and generation defaults in a Hugging Face directory.
 
-A directory without tokenizer.json is converted by `transformers`, if that is installed; nothing else here needs it.
+A directory without tokenizer.json is converted by `transformers`, if that is installed; nothing else here
+needs it.
 """
 
 from pathlib import Path
@@ -110,7 +111,7 @@ def _named_templates(value: Any) -> dict[str, str]:
 
 
 def _templates(path: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Later sources win: tokenizer_config.json, chat_template.json, chat_template.jinja and its neighbours."""
+    """Later ones win: tokenizer_config.json, chat_template.json, chat_template.jinja, its neighbours."""
     found = _named_templates(config.get("chat_template"))
     found |= _named_templates(_read_json(path / "chat_template.json").get("chat_template"))
     if (path / "chat_template.jinja").is_file():

@@ -1,7 +1,8 @@
 """Reads the key-value header of a GGUF file, and nothing of its tensors.
 
-The `gguf` package makes a numpy array of every string, which takes seconds for a vocabulary; the header alone,
-read straight from the mapped file, takes tens of milliseconds. Little-endian files of version 2 and 3.
+The `gguf` package makes a numpy array of every string, which takes seconds for a vocabulary; the header
+alone, read straight from the mapped file, takes tens of milliseconds. Little-endian files of version 2 and
+3.
 """
 
 import mmap

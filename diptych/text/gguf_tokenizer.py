@@ -16,7 +16,7 @@ from diptych.text.gguf_metadata import read_gguf_metadata
 from diptych.text.source import TokenizerSource
 
 _PREFIX = "tokenizer.ggml."
-_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # token types
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # token types
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _LLAMA3 = (
@@ -27,10 +27,10 @@ _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
 # tokenizer.ggml.pre -> how text is cut into words
 _PRE_TOKENIZERS = {
-    **dict.fromkeys(("default", "gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jais"), "gpt2"),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), "digits"),
+    **dict.fromkeys(("default", "gpt-2", "gpt2", "phi-2"), "gpt2"),
+    **dict.fromkeys(("smollm", "starcoder", "refact"), "digits"),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), "llama3"),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), "qwen2"),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), "qwen2"),
 }
 # Turn ends that older files do not name as end-of-turn token.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
@@ -112,7 +112,7 @@ def _sentencepiece(metadata: dict[str, Any]) -> Backend:
 
 
 def _merges(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """SentencePiece joins the pair whose joined piece scores highest: a merge list is all pairs in that order."""
+    """SentencePiece joins the pair that makes the best-scored piece: all pairs, in that order."""
     ranked: list[tuple[float, int, int, tuple[str, str]]] = []
     for piece, token_id in vocabulary.items():
         for cut in range(1, len(piece)):
@@ -125,29 +125,29 @@ def _merges(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, 
 
 def _mark_special(backend: Backend, metadata: dict[str, Any]) -> None:
     kinds = metadata.get(_PREFIX + "token_type", ())
+    special, plain = [], []
     for token, kind in zip(metadata[_PREFIX + "tokens"], kinds, strict=False):
-        if kind == _CONTROL or kind == _UNKNOWN:
-            backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+        if kind in (_CONTROL, _UNKNOWN):
+            special.append(AddedToken(token, special=True, normalized=False))
         elif kind == _USER_DEFINED:
-            backend.add_tokens([AddedToken(token, special=False, normalized=False)])
+            plain.append(AddedToken(token, special=False, normalized=False))
+    backend.add_special_tokens(special)
+    backend.add_tokens(plain)
 
 
 def _frame(backend: Backend, metadata: dict[str, Any]) -> None:
     """The BOS and EOS that `encode(add_special_tokens=True)` puts around a text."""
-    adds_bos = metadata[_PREFIX + "model"] == "llama" or metadata.get(_PREFIX + "pre") in (
-        "llama-bpe",
-        "llama3",
-        "llama-v3",
-    )
     tokens = metadata[_PREFIX + "tokens"]
-    frame, used = ["$A"], []
-    for flag, name, place, default in (("bos", "bos", 0, adds_bos), ("eos", "eos", len(frame) + 1, False)):
-        token_id = metadata.get(f"{_PREFIX}{name}_token_id")
-        if token_id is not None and metadata.get(f"{_PREFIX}add_{flag}_token", default):
-            frame.insert(place, tokens[token_id])
-            used.append((tokens[token_id], token_id))
-    if used:
-        backend.post_processor = processors.TemplateProcessing(single=frame, special_tokens=used)
+    cut = _PRE_TOKENIZERS.get(metadata.get(_PREFIX + "pre", ""))
+    adds_bos = metadata[_PREFIX + "model"] == "llama" or cut == "llama3"
+    bos, eos = (metadata.get(f"{_PREFIX}{name}_token_id") for name in ("bos", "eos"))
+    before = [bos] if bos is not None and metadata.get(_PREFIX + "add_bos_token", adds_bos) else []
+    after = [eos] if eos is not None and metadata.get(_PREFIX + "add_eos_token", False) else []
+    if before or after:
+        backend.post_processor = processors.TemplateProcessing(
+            single=[*(tokens[i] for i in before), "$A", *(tokens[i] for i in after)],
+            special_tokens=[(tokens[i], i) for i in {*before, *after}],
+        )
 
 
 def _special_tokens(metadata: dict[str, Any]) -> dict[str, str]:
@@ -174,6 +174,8 @@ def _eos_token_ids(metadata: dict[str, Any]) -> tuple[int, ...]:
     ids = {metadata.get(f"{_PREFIX}{name}_token_id") for name in ("eos", "eot", "eom")}
     if metadata.get(_PREFIX + "eot_token_id") is None:
         tokens, kinds = metadata[_PREFIX + "tokens"], metadata.get(_PREFIX + "token_type", ())
-        controls = {token: i for i, (token, k) in enumerate(zip(tokens, kinds, strict=False)) if k == _CONTROL}
+        controls = {
+            token: i for i, (token, k) in enumerate(zip(tokens, kinds, strict=False)) if k == _CONTROL
+        }
         ids |= {controls.get(token) for token in _TURN_ENDS}
     return tuple(sorted(token_id for token_id in ids if token_id is not None))

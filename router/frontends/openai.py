@@ -1,7 +1,7 @@
-"""The OpenAI face: a client's request as the router needs it, the bodies of its two legs, and errors as bytes.
+"""The OpenAI face: a client's request as the router needs it, and the bodies of its two legs.
 
-The client's body is checked to be a JSON object and otherwise passed on byte for byte; what the router adds is
-spliced in before the closing brace. Prompts, texts and tickets are never decoded.
+The client's body is checked to be a JSON object and otherwise passed on byte for byte; what the router adds
+is spliced in before the closing brace. Prompts, texts and tickets are never decoded.
 """
 
 import re
@@ -58,10 +58,13 @@ class Call:
 
     def generation_body(self, prefill: "Prefill") -> bytes:
         params = self._params("generation_only")
-        params["choices"] = [orjson.Fragment(bytes(choice.disaggregated_params)) for choice in prefill.choices]
+        params["choices"] = [
+            orjson.Fragment(bytes(choice.disaggregated_params)) for choice in prefill.choices
+        ]
         added = b'"disaggregated_params":' + orjson.dumps(params)
-        if prefill.prompt_token_ids is not None:
-            added += b',"prompt_token_ids":' + bytes(prefill.prompt_token_ids)
+        prompt_token_ids = bytes(prefill.prompt_token_ids)
+        if prompt_token_ids:
+            added += b',"prompt_token_ids":' + prompt_token_ids
         return _splice(self.body, added)
 
     def _params(self, request_type: str) -> dict[str, Any]:
@@ -81,9 +84,7 @@ def parse_call(
     except msgspec.ValidationError:
         raise InvalidRequest("The request body must be a JSON object.", code="invalid_json") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(
-            f"The request body is not valid JSON: {error}.", code="invalid_json"
-        ) from None
+        raise InvalidRequest(f"The request body is not valid JSON: {error}.", code="invalid_json") from None
     traceparent = headers.get("traceparent")
     if traceparent is not None and not _TRACEPARENT.fullmatch(traceparent):
         traceparent = None
@@ -115,7 +116,7 @@ class Prefill(msgspec.Struct):
     """A context leg's answer; what only the generation worker reads stays undecoded."""
 
     choices: list[PrefillChoice]
-    prompt_token_ids: msgspec.Raw | None = None
+    prompt_token_ids: msgspec.Raw = msgspec.Raw()  # empty when it is missing
     stream_head: str = ""
     finished: bool = False
 

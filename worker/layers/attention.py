@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from diptych.kernels.attention import append_kv, paged_attention
@@ -25,7 +26,8 @@ class Attention:
 
     def __call__(self, x: Tensor, angles: tuple[Tensor, Tensor], context: StepContext) -> Tensor:
         heads = self.qkv(x).view(len(x), -1, self.head_dim)
-        query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        counts = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
+        query, key, value = torch.split(heads, counts, dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, key, angles)

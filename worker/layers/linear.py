@@ -1,7 +1,8 @@
 """Linear layers, and the seam where a way of storing weights (a quantization, a packing) plugs in.
 
-A `QuantMethod` takes a dense weight once, at load time, and gives back what multiplies with it. Layers say which axis of
-their weight a tensor-parallel rank would keep (`split`); how weights are stored is no business of theirs.
+A `QuantMethod` takes a dense weight once, at load time, and gives back what multiplies with it. Layers say
+which axis of their weight a tensor-parallel rank would keep (`split`); how weights are stored is no business
+of theirs.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# "outputs": ranks keep rows of the weight, and outputs are a part of the whole (column parallel). "inputs": ranks keep
+# "outputs": ranks keep rows of the weight, and outputs are a part of the whole (column parallel). "inputs":
+# ranks keep
 # columns, and outputs are partial sums (row parallel).
 Split = Literal["outputs", "inputs"]
 
@@ -71,7 +73,7 @@ class OneDnnWeight:
 
 @dataclass(frozen=True, slots=True)
 class OneDnn:
-    """Weights reordered once for oneDNN on a CPU: F.linear reorders bfloat16 weights in every call, 2-3 times slower."""
+    """Weights reordered once for oneDNN on a CPU; F.linear reorders bfloat16 weights in every call."""
 
     name: str = "torch-onednn"
     expected_rows: int = 8  # the batch that the order is chosen for
@@ -82,7 +84,7 @@ class OneDnn:
 
 def cpu_method(dtype: torch.dtype) -> QuantMethod:
     """The fastest dense method that this machine's torch has for `dtype`."""
-    mkldnn = torch.backends.mkldnn
-    if dtype is torch.bfloat16 and mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    has_onednn = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if dtype is torch.bfloat16 and has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return OneDnn()
     return Dense()

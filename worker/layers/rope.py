@@ -1,7 +1,7 @@
 """Rotary position embedding: the table of angles for a RopeConfig, and the layer that turns queries and keys.
 
-The table is fixed for a model: K in the cache was turned with it, so an angle may depend on a position but never on how
-long a sequence is by now.
+The table is fixed for a model: K in the cache was turned with it, so an angle may depend on a position but
+never on how long a sequence is by now.
 """
 
 import math
@@ -58,7 +58,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, max_positions: int) -> 
 
 
 def _llama3(plain: Tensor, rope: RopeConfig) -> Tensor:
-    """Slow frequencies divided by the factor, fast ones kept, a ramp over the number of turns between them."""
+    """Slow frequencies divided by the factor, fast ones kept, a ramp over the number of turns between."""
     turns = rope.original_max_positions * plain / (2 * math.pi)
     ramp = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     kept = ramp.clamp(0.0, 1.0)

@@ -1,7 +1,8 @@
 """What a model is, whatever file format said so: the one description that layers, loaders and kernels read.
 
-`ModelConfig.from_hf` reads a Hugging Face config.json, `ModelConfig.from_gguf` the header of a GGUF file. Anything that
-would make the model compute something else than its authors meant is refused here, with the reason.
+`ModelConfig.from_hf` reads a Hugging Face config.json, `ModelConfig.from_gguf` the header of a GGUF file.
+Anything that would make the model compute something else than its authors meant is refused here, with the
+reason.
 """
 
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ GGUF_ARCHITECTURES: dict[str, Family] = {"llama": "llama", "qwen2": "qwen2", "qw
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeConfig:
-    """Rotary embedding: the base, and how it is stretched beyond the trained length. Unused fields keep defaults."""
+    """Rotary embedding: the base, and how it is stretched beyond the trained length."""
 
     theta: float = 10000.0
     kind: RopeKind = "default"
@@ -89,7 +90,7 @@ class ModelConfig:
     def from_gguf(
         cls, metadata: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[int, ...]]
     ) -> "ModelConfig":
-        """`tensor_shapes`, by GGUF name, tell what the metadata leaves out: biases, tied embeddings, vocabulary."""
+        """`tensor_shapes`, by GGUF name, tell what the metadata leaves out: biases, tying, vocabulary."""
         from diptych.worker.models.gguf_config import read_gguf_config
 
         return read_gguf_config(metadata, tensor_shapes)

@@ -13,7 +13,9 @@ from diptych.worker.models.config import (
 from diptych.worker.models.rope_config import yarn_mscale
 
 
-def read_gguf_config(metadata: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
+def read_gguf_config(
+    metadata: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[int, ...]]
+) -> ModelConfig:
     architecture = str(metadata.get("general.architecture", "unnamed"))
     if architecture not in GGUF_ARCHITECTURES:
         raise unsupported_architecture(architecture, GGUF_ARCHITECTURES)
@@ -24,7 +26,9 @@ def read_gguf_config(metadata: Mapping[str, Any], tensor_shapes: Mapping[str, tu
     def require(key: str) -> Any:
         value = get(key)
         if value is None:
-            raise ModelLoadError(f"The GGUF file has no {architecture}.{key}, which every supported model needs.")
+            raise ModelLoadError(
+                f"The GGUF file has no {architecture}.{key}, which every supported model needs."
+            )
         return value
 
     if get("expert_count", 0):
@@ -38,7 +42,8 @@ def read_gguf_config(metadata: Mapping[str, Any], tensor_shapes: Mapping[str, tu
     head_dim = int(get("attention.key_length", hidden_size // num_heads))
     if int(get("rope.dimension_count", head_dim)) != head_dim:
         raise ModelLoadError(
-            f"{architecture}.rope.dimension_count is {get('rope.dimension_count')}; only the head size, {head_dim}, is supported."
+            f"{architecture}.rope.dimension_count is {get('rope.dimension_count')}; only the head size, "
+            f"{head_dim}, is supported."
         )
     max_positions = int(require("context_length"))
     return ModelConfig(

@@ -1,7 +1,7 @@
 """Reads GGUF files: the header in milliseconds, tensors dequantized one at a time.
 
-The `gguf` package knows the number formats; its reader also turns every vocabulary entry into Python objects, which takes
-seconds and is of no use to a model, so the header is parsed here. Arrays of strings are skipped.
+The `gguf` package knows the number formats; its reader also turns every vocabulary entry into Python objects,
+which takes seconds and is of no use to a model, so the header is parsed here. Arrays of strings are skipped.
 """
 
 import math

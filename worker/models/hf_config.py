@@ -62,7 +62,8 @@ def _refuse_what_would_be_wrong(config: Mapping[str, Any]) -> None:
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "an unnamed method")
         raise ModelLoadError(
-            f"The checkpoint is quantized with {method}, which is not supported; use the unquantized checkpoint or a GGUF file."
+            f"The checkpoint is quantized with {method}, which is not supported; use the unquantized "
+            "checkpoint or a GGUF file."
         )
     if config.get("hidden_act", "silu") != "silu":
         raise ModelLoadError(f"hidden_act is {config['hidden_act']!r}; only 'silu' is supported.")
@@ -83,7 +84,8 @@ def _sliding_window(config: Mapping[str, Any], family: Family) -> int | None:
     if _windowed_layers(config) == {False}:
         return None
     raise ModelLoadError(
-        "Some layers use a sliding window and some do not, which is not supported; set use_sliding_window to false in config.json to serve with full attention."
+        "Some layers use a sliding window and some do not, which is not supported; set use_sliding_window "
+        "to false in config.json to serve with full attention."
     )
 
 

@@ -1,7 +1,7 @@
 """The Llama family (Llama, SmolLM2, Mistral, Qwen2, Qwen3) as a plain torch model for inference.
 
-One decoder, assembled from the layers by what the ModelConfig says. The residual stream is float32 whatever the
-weights' dtype: that costs little and is what keeps greedy tokens those of a float32 run.
+One decoder, assembled from the layers by what the ModelConfig says. The residual stream is float32 whatever
+the weights' dtype: that costs little and is what keeps greedy tokens those of a float32 run.
 """
 
 from dataclasses import dataclass

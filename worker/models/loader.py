@@ -1,7 +1,7 @@
 """From a path to a ModelConfig and to canonical weights, for Hugging Face directories and GGUF files.
 
-Weights are read, checked, joined and converted to the config's dtype part by part in a few threads. Knows nothing of
-hubs (diptych/model_source.py) or of what runs the model (build.py).
+Weights are read, checked, joined and converted to the config's dtype part by part in a few threads. Knows
+nothing of hubs (diptych/model_source.py) or of what runs the model (build.py).
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ def load_weights(
     *,
     load_format: LoadFormat = "auto",
 ) -> dict[str, Tensor]:
-    """Canonical weights (see weights.py) in the config's dtype; `progress` gets fractions up to 1, in this thread."""
+    """Canonical weights (see weights.py) in the config's dtype; `progress` gets fractions, in this thread."""
     if load_format == "dummy":
         weights = dummy_weights(config)
         progress(1.0)
@@ -107,7 +107,8 @@ def _read(source: TensorSource, part: Part) -> Tensor:
     shape = source.shape(name)
     if shape != part.shape:
         raise ModelLoadError(
-            f"Tensor {name} of {source.path} has shape {list(shape)}; the model's config asks for {list(part.shape)}."
+            f"Tensor {name} of {source.path} has shape {list(shape)}; the model's config asks for "
+            f"{list(part.shape)}."
         )
     tensor = source.read(name)
     if gguf and part.interleaved_heads is not None:

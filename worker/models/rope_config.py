@@ -1,6 +1,7 @@
 """Reads rotary embedding settings from config.json, in the spelling of transformers 4 and of transformers 5.
 
-4: `rope_theta` beside `rope_scaling: {"type" or "rope_type": ..., "factor": ...}`; 5: all in `rope_parameters`.
+4: `rope_theta` beside `rope_scaling: {"type" or "rope_type": ..., "factor": ...}`; 5: all in
+`rope_parameters`.
 """
 
 import math
@@ -20,7 +21,8 @@ def read_rope(config: Mapping[str, Any], max_position_embeddings: int) -> RopeCo
         )
     if values.get("partial_rotary_factor", 1.0) != 1.0:
         raise ModelLoadError(
-            f"partial_rotary_factor is {values['partial_rotary_factor']}; only 1.0 (whole heads) is supported."
+            f"partial_rotary_factor is {values['partial_rotary_factor']}; only 1.0 (whole heads) is "
+            "supported."
         )
     theta = float(values.get("rope_theta") or 10000.0)
     if kind == "default":

@@ -1,4 +1,5 @@
-"""Reads a Hugging Face directory: config.json, and weights in one safetensors file or in shards with an index."""
+"""Reads a Hugging Face directory: config.json, and weights in one safetensors file or in shards with an
+index."""
 
 import json
 from collections.abc import Mapping

@@ -1,8 +1,9 @@
 """The canonical weights of a model: names, shapes, and the checkpoint tensors that each is made of.
 
-Query, key and value projections are one matrix, gate and up another, because one wide product is faster than several.
-Names: ``embed_tokens``, ``norm``, ``lm_head`` (absent when tied), and for each layer ``layers.{i}.`` with ``input_norm``,
-``post_norm``, ``qkv``, ``qkv_bias``, ``q_norm``, ``k_norm``, ``o``, ``o_bias``, ``gate_up``, ``down``.
+Query, key and value projections are one matrix, gate and up another, because one wide product is faster than
+several. Names: ``embed_tokens``, ``norm``, ``lm_head`` (absent when tied), and for each layer ``layers.{i}.``
+with ``input_norm``, ``post_norm``, ``qkv``, ``qkv_bias``, ``q_norm``, ``k_norm``, ``o``, ``o_bias``,
+``gate_up``, ``down``.
 """
 
 from collections.abc import Iterator
@@ -28,7 +29,8 @@ class Part:
     hf_name: str
     gguf_name: str
     shape: tuple[int, ...]
-    # Number of heads whose rows GGUF's llama converter interleaves for its own rotation; None: rows as in Hugging Face.
+    # Number of heads whose rows GGUF's llama converter interleaves for its own rotation; None: rows as in
+    # Hugging Face.
     interleaved_heads: int | None = None
 
 

@@ -1,0 +1,333 @@
+"""One request to a worker and its response, on a bare asyncio.Protocol.
+
+Leaving an exchange early closes its connection, which is how a leg is cancelled. The body is either read
+whole or relayed: then every read goes from the worker's socket to the sink inside `data_received`, and no task
+wakes. Every wait has a deadline, kept by one timer for each exchange. Knows nothing of roles, legs or JSON.
+"""
+
+import asyncio
+from types import TracebackType
+from typing import Protocol, cast
+
+from diptych.errors import DeadlineExceeded, DiptychError, WorkerLost
+from diptych.router.http1 import MAX_HEAD_BYTES, Body, Head, MalformedResponse
+from diptych.router.settings import Limits
+
+
+class Sink(Protocol):
+    """Where a relayed body goes."""
+
+    def write(self, data: bytes) -> bool:
+        """Take the data; False: no more until `drain` has returned."""
+
+    async def drain(self) -> None: ...
+
+
+class Reply:
+    """A whole response."""
+
+    __slots__ = ("body", "head", "status")
+
+    def __init__(self, head: Head, body: bytes) -> None:
+        self.status = head.status
+        self.head = head
+        self.body = body
+
+
+class Connections(Protocol):
+    """Where an exchange gets its connection from (see client.py)."""
+
+    @property
+    def url(self) -> str: ...
+    @property
+    def limits(self) -> Limits: ...
+
+    def take_idle(self) -> "Connection | None":
+        """A kept connection, which the worker may have closed meanwhile."""
+
+    async def connect(self, deadline: float) -> "Connection":
+        """A new connection; raises WorkerLost or DeadlineExceeded."""
+
+    def give_back(self, connection: "Connection", *, reusable: bool) -> None: ...
+
+
+class _StaleConnection(WorkerLost):
+    """A kept connection that the worker had closed before it saw the request."""
+
+
+class Connection(asyncio.Protocol):
+    """One TCP connection; carries one exchange at a time."""
+
+    __slots__ = ("_open", "exchange", "idle_since", "transport")
+
+    def __init__(self, open_connections: "set[Connection]") -> None:
+        self._open = open_connections
+        self.transport: asyncio.Transport | None = None
+        self.exchange: Exchange | None = None
+        self.idle_since = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's is one in all but name
+        self._open.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        if self.exchange is not None:
+            self.exchange.feed(data)
+        else:
+            self.abort()  # bytes that nobody asked for
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.transport = None
+        self._open.discard(self)
+        if self.exchange is not None:
+            self.exchange.lost()
+
+    def abort(self) -> None:
+        if self.transport is not None:
+            self.transport.abort()
+
+
+class Exchange:
+    """One request and its response, used as ``async with``: entered when the response's head is here.
+
+    Raises WorkerLost when the worker cannot be reached or breaks off, DeadlineExceeded when it is too slow.
+    """
+
+    __slots__ = (
+        "_body",
+        "_client",
+        "_connection",
+        "_deadline",
+        "_error",
+        "_finished",
+        "_last_read",
+        "_loop",
+        "_message",
+        "_partial_head",
+        "_parts",
+        "_paused",
+        "_reused",
+        "_sink",
+        "_timer",
+        "_waiter",
+        "head",
+    )
+
+    head: Head
+
+    def __init__(self, client: Connections, message: bytes, deadline: float) -> None:
+        self._client = client
+        self._message = message
+        self._deadline = deadline
+        self._loop = asyncio.get_running_loop()
+        self._connection: Connection | None = None
+        self._reused = False
+        self._partial_head = b""
+        self._body: Body | None = None
+        self._parts: list[bytes] = []
+        self._sink: Sink | None = None
+        self._paused = False
+        self._finished = False
+        self._error: DiptychError | None = None
+        self._last_read = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def status(self) -> int:
+        return self.head.status
+
+    async def __aenter__(self) -> "Exchange":
+        try:
+            await self._send()
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    async def read(self) -> bytes:
+        """The whole body."""
+        while not self._finished:
+            await self._wait()
+        return b"".join(self._parts)
+
+    async def first(self) -> bytes:
+        """The first bytes of the body, taken out of it; empty when the body is."""
+        while not self._parts and not self._finished:
+            await self._wait()
+        data = b"".join(self._parts)
+        self._parts.clear()
+        return data
+
+    async def relay(self, sink: Sink) -> None:
+        """Pass the rest of the body to `sink`; returns after its last byte."""
+        self._sink = sink
+        if self._parts:
+            pending = b"".join(self._parts)
+            self._parts.clear()
+            self._pass(pending)
+        while not self._finished:
+            if not self._paused:
+                await self._wait()
+                continue
+            try:
+                await asyncio.wait_for(sink.drain(), self._deadline - self._loop.time())
+            except asyncio.TimeoutError:
+                raise self._too_late() from None
+            self._resume()
+
+    async def _send(self) -> None:
+        connection = self._client.take_idle()
+        if connection is not None:
+            self._start(connection, reused=True)
+            try:
+                await self._wait_for_head()
+                return
+            except _StaleConnection:
+                # The request was not answered with a single byte, so it may go out once more.
+                self._error = None
+        self._start(await self._client.connect(self._deadline), reused=False)
+        await self._wait_for_head()
+
+    def _start(self, connection: Connection, *, reused: bool) -> None:
+        if connection.transport is None:
+            raise WorkerLost(f"The worker at {self._client.url} closed the connection at once.")
+        self._connection, self._reused = connection, reused
+        connection.exchange = self
+        self._arm_timer(self._loop.time() + self._client.limits.idle_s)
+        connection.transport.write(self._message)
+
+    async def _wait_for_head(self) -> None:
+        while self._body is None:
+            await self._wait()
+
+    async def _wait(self) -> None:
+        """Until something happened; raises the error of a failed exchange."""
+        if self._error is None:
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        if self._error is not None:
+            raise self._error
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def feed(self, data: bytes) -> None:
+        """Called by the connection with each read."""
+        self._last_read = self._loop.time()
+        try:
+            if self._body is None:
+                data = self._read_head(data)
+            if self._body is None:
+                return
+            payload = self._body.feed(data) if data else b""
+        except MalformedResponse as error:
+            self._fail(WorkerLost(f"The worker at {self._client.url} does not speak HTTP/1.1: {error}."))
+            return
+        if payload:
+            self._pass(payload)
+        if self._body.done:
+            self._finish()
+
+    def lost(self) -> None:
+        """Called by the connection when it is closed."""
+        if self._body is not None and self._body.ends_at_close:
+            self._finish()
+        elif self._reused and self._last_read == 0.0:
+            self._fail(_StaleConnection("stale connection"))
+        else:
+            when = "before it answered" if self._body is None else "in the middle of its answer"
+            self._fail(WorkerLost(f"The worker at {self._client.url} closed the connection {when}."))
+
+    def _read_head(self, data: bytes) -> bytes:
+        data = self._partial_head + data
+        while True:
+            end = data.find(b"\r\n\r\n")
+            if end < 0:
+                if len(data) > MAX_HEAD_BYTES or not data.startswith(b"HTTP/1."[: len(data)]):
+                    raise MalformedResponse(f"a response begins with {data[:32]!r}")
+                self._partial_head = data
+                return b""
+            head = Head(data[:end])
+            data = data[end + 4 :]
+            if head.status >= 200:  # below: "continue" and the like, the answer is still to come
+                break
+        self._partial_head = b""
+        self.head, self._body = head, head.body()
+        self._wake()
+        return data
+
+    def _pass(self, payload: bytes) -> None:
+        if self._sink is None:
+            self._parts.append(payload)
+            self._wake()
+        elif not self._sink.write(payload) and not self._paused:
+            self._paused = True
+            if self._connection is not None and self._connection.transport is not None:
+                self._connection.transport.pause_reading()
+            self._wake()
+
+    def _resume(self) -> None:
+        self._paused = False
+        self._last_read = self._loop.time()
+        if self._connection is not None and self._connection.transport is not None:
+            self._connection.transport.resume_reading()
+
+    def _arm_timer(self, due: float) -> None:
+        self._timer = self._loop.call_at(min(due, self._deadline), self._check_time)
+
+    def _check_time(self) -> None:
+        now = self._loop.time()
+        idle_s = self._client.limits.idle_s
+        if now >= self._deadline:
+            self._fail(self._too_late())
+        elif self._body is None or self._paused:  # computing, or waiting for a slow client: not idle
+            self._arm_timer(now + idle_s)
+        elif now >= self._last_read + idle_s:
+            self._fail(DeadlineExceeded(f"The worker at {self._client.url} sent nothing for {idle_s:g} s."))
+        else:
+            self._arm_timer(self._last_read + idle_s)
+
+    def _too_late(self) -> DeadlineExceeded:
+        return DeadlineExceeded(f"The worker at {self._client.url} did not finish before the deadline.")
+
+    def _finish(self) -> None:
+        if self._finished or self._error is not None:
+            return
+        assert self._body is not None
+        self._finished = True
+        connection = self._detach()
+        if connection is not None:
+            reusable = self.head.keep_alive and not self._body.excess and not self._body.ends_at_close
+            self._client.give_back(connection, reusable=reusable and not self._paused)
+        self._wake()
+
+    def _fail(self, error: DiptychError) -> None:
+        if self._finished or self._error is not None:
+            return
+        self._error = error
+        self._close()
+        self._wake()
+
+    def _close(self) -> None:
+        connection = self._detach()
+        if connection is not None:
+            connection.abort()
+
+    def _detach(self) -> Connection | None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.exchange = None
+        return connection

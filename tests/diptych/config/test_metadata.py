@@ -1,0 +1,36 @@
+from pathlib import Path
+
+import pytest
+
+from diptych.config import MetadataConfig, load_metadata_config
+from diptych.config.metadata import metadata_config
+from diptych.errors import ConfigError
+
+
+def test_example_as_printed(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    path = tmp_path / "metadata.yaml"
+    path.write_text('hostname: "localhost"\nport: 2379\nhealth_check_timeout: 5.0\nrefersh_interval: 7.0\n')
+    assert load_metadata_config(path) == MetadataConfig(refresh_interval=7.0)
+    [message] = caplog.messages
+    assert "refresh_interval" in message
+    assert "server_type" in message
+
+
+def test_right_spelling_says_nothing(caplog: pytest.LogCaptureFixture):
+    data = {"server_type": "etcd", "hostname": "h", "port": 1, "refresh_interval": 2}
+    assert metadata_config(data, source="f").refresh_interval == 2
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ({"server_type": "zookeeper"}, "server_type must be one of etcd, not 'zookeeper'"),
+        ({"hostnam": "x"}, 'did you mean "hostname"?'),
+        ({"health_check_timeout": 0}, "health_check_timeout must be a number > 0.0, not 0"),
+    ],
+)
+def test_sentences(data: dict, expected: str):
+    with pytest.raises(ConfigError) as caught:
+        metadata_config(data, source="f")
+    assert expected in caught.value.message

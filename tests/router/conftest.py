@@ -1,0 +1,137 @@
+"""Fixtures of the router's tests: fake workers, and a router in front of them, all on loopback sockets."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from diptych.discovery import Registry
+from diptych.discovery.static import StaticRegistry
+from diptych.router.app import POOL, create_app
+from diptych.router.pool import Pool
+from diptych.router.settings import Limits
+from diptych.router.status import missing_roles
+from tests.fakes.fake_worker import FakeWorker
+
+
+@dataclass(frozen=True)
+class Policy:
+    type: str = "round_robin"
+
+
+@dataclass(frozen=True)
+class Section:
+    router: Policy = field(default_factory=Policy)
+
+
+@dataclass(frozen=True)
+class Config:
+    hostname: str = "127.0.0.1"
+    port: int = 0
+    context_servers: Section = field(default_factory=Section)
+    generation_servers: Section = field(default_factory=Section)
+    max_retries: int = 1
+    request_timeout_s: float = 20.0
+    server_start_timeout_s: float = 20.0
+    max_body_bytes: int = 100_000
+    server_keep_alive_timeout: float = 10.0
+    num_workers: int = 1
+    log_level: str = "info"
+
+
+FAST = Limits(connect_s=2.0, probe_s=2.0, probe_retry_s=0.05, probe_retry_max_s=0.1, shutdown_s=1.0)
+
+
+class Router:
+    """A running router and a client session for it."""
+
+    def __init__(self, url: str, pool: Pool, session: aiohttp.ClientSession) -> None:
+        self.url = url
+        self.pool = pool
+        self.session = session
+
+    def post(self, body: object, *, path: str = "/v1/completions", **options):
+        return self.session.post(self.url + path, json=body, **options)
+
+    async def text(self, body: object, **options) -> str:
+        async with self.post(body, **options) as response:
+            assert response.status == 200, await response.text()
+            return await response.text()
+
+    async def metric(self, name: str) -> float:
+        async with self.session.get(self.url + "/metrics") as response:
+            for line in (await response.text()).splitlines():
+                if line.startswith(name + " "):
+                    return float(line.split()[1])
+        raise AssertionError(f"there is no metric {name}")
+
+
+StartRouter = Callable[..., Awaitable[Router]]
+
+
+@pytest.fixture
+async def stack() -> AsyncIterator[AsyncExitStack]:
+    """Ends with the assertion that no task outlives what it belonged to."""
+    before = asyncio.all_tasks()
+    async with AsyncExitStack() as stack:
+        yield stack
+    left = asyncio.all_tasks() - before - {asyncio.current_task()}
+    if left:
+        _, left = await asyncio.wait(left, timeout=2.0)
+    assert not left, f"tasks are left: {left}"
+
+
+@pytest.fixture
+async def start_router(stack: AsyncExitStack) -> StartRouter:
+    async def start(
+        *workers: FakeWorker,
+        config: Config | None = None,
+        limits: Limits = FAST,
+        registry: Registry | None = None,
+        wait_ready: bool = True,
+    ) -> Router:
+        registry = registry or StaticRegistry.from_urls(
+            [w.url for w in workers if w.role == "CONTEXT"],
+            [w.url for w in workers if w.role == "GENERATION"],
+        )
+        app = create_app(config or Config(), registry, limits=limits)
+        runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+        pool = app[POOL]
+        if wait_ready:
+            ready = await pool.wait_until(lambda pool: not missing_roles(pool), 5.0)
+            assert ready
+            known = await pool.wait_until(lambda pool: all(w.probed for w in pool.workers), 5.0)
+            assert known
+        host, port = runner.addresses[0][:2]
+        return Router(f"http://{host}:{port}", pool, session)
+
+    return start
+
+
+@pytest.fixture
+async def context(stack: AsyncExitStack) -> FakeWorker:
+    return await stack.enter_async_context(FakeWorker("c0", role="CONTEXT"))
+
+
+@pytest.fixture
+async def generation(stack: AsyncExitStack) -> FakeWorker:
+    return await stack.enter_async_context(FakeWorker("g0", role="GENERATION"))
+
+
+@pytest.fixture
+async def spare_context(stack: AsyncExitStack) -> FakeWorker:
+    return await stack.enter_async_context(FakeWorker("c1", role="CONTEXT"))
+
+
+@pytest.fixture
+async def spare_generation(stack: AsyncExitStack) -> FakeWorker:
+    return await stack.enter_async_context(FakeWorker("g1", role="GENERATION"))

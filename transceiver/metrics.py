@@ -1,0 +1,57 @@
+"""What a transceiver counts, for /metrics."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from diptych.transceiver.settings import FetchDone, FetchFailed, TransceiverEvent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransceiverMetrics:
+    """Totals since the start, except the two that say `open`."""
+
+    fetches: int = 0  # that ended well
+    bytes: int = 0
+    wire_s: float = 0.0
+    total_s: float = 0.0
+    fetches_by_transport: dict[str, int] = field(default_factory=dict)
+    failures: dict[str, int] = field(default_factory=dict)  # by code
+    open_fetches: int = 0
+    open_leases: int = 0
+    leases_ended: dict[str, int] = field(default_factory=dict)  # by reason
+
+
+@dataclass(slots=True)
+class Counts:
+    """The running totals. Its owner brings the lock."""
+
+    bytes: int = 0
+    wire_s: float = 0.0
+    total_s: float = 0.0
+    by_transport: Counter[str] = field(default_factory=Counter)
+    failures: Counter[str] = field(default_factory=Counter)
+    leases_ended: Counter[str] = field(default_factory=Counter)
+
+    def add(self, event: TransceiverEvent) -> None:
+        if isinstance(event, FetchDone):
+            self.bytes += event.bytes
+            self.wire_s += event.wire_s
+            self.total_s += event.total_s
+            self.by_transport[event.transport] += 1
+        elif isinstance(event, FetchFailed):
+            self.failures[event.code] += 1
+        else:
+            self.leases_ended[event.reason] += 1
+
+    def snapshot(self, *, open_fetches: int, open_leases: int) -> TransceiverMetrics:
+        return TransceiverMetrics(
+            fetches=self.by_transport.total(),
+            bytes=self.bytes,
+            wire_s=self.wire_s,
+            total_s=self.total_s,
+            fetches_by_transport=dict(self.by_transport),
+            failures=dict(self.failures),
+            open_fetches=open_fetches,
+            open_leases=open_leases,
+            leases_ended=dict(self.leases_ended),
+        )

@@ -1,0 +1,54 @@
+"""What a transceiver is told, and the events it reports."""
+
+from dataclasses import dataclass
+
+from diptych.transceiver.lease import EndReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransceiverSettings:
+    backends: tuple[str, ...] = ("shm", "tcp")  # tried in this order
+    bind_host: str = "127.0.0.1"
+    port: int = 0  # 0: any free port; the ticket says which
+    advertise_host: str | None = None  # what readers dial; None: bind_host, or the default route's address
+    lease_s: float = 30.0
+    timeout_s: float = 30.0  # of one fetch, from the call to its event
+    verify_digest: bool = True
+    secret: str | None = None
+    max_concurrent_fetches: int = 16
+
+
+@dataclass(frozen=True, slots=True)
+class FetchDone:
+    """The blocks are here, verified; the owner has been told."""
+
+    fetch_id: int
+    bytes: int
+    wire_s: float  # spent copying
+    total_s: float  # since `fetch` was called
+    transport: str  # "" when there was nothing to copy
+
+
+@dataclass(frozen=True, slots=True)
+class FetchFailed:
+    """Nothing writes to the destination blocks any more, and what is in them is worth nothing.
+
+    code: peer_gone, stale, corrupt, deadline, layout, refused (secrets differ), cancelled (by `abort`),
+    internal.
+    """
+
+    fetch_id: int
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseEnded:
+    """These blocks are their owner's again. Exactly one for each ticket."""
+
+    ticket_id: str
+    block_ids: tuple[int, ...]
+    reason: EndReason
+
+
+TransceiverEvent = FetchDone | FetchFailed | LeaseEnded

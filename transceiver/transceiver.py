@@ -1,0 +1,238 @@
+"""The transceiver of one engine process: offers finished prefills to others, and fetches theirs.
+
+The step loop calls it and it never blocks that thread: copies, sockets and waits live on background threads,
+their outcomes come out of `poll`. Every fetch ends in exactly one event, every lease in exactly one. Knows
+blocks and tickets, nothing of requests, models or devices.
+"""
+
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from diptych.errors import TransferError
+from diptych.kv_layout import KvLayout
+from diptych.transceiver import ticket as tickets
+from diptych.transceiver.connection import Connection
+from diptych.transceiver.digest import OwnerDigests
+from diptych.transceiver.fetch import Fetch, Fetcher
+from diptych.transceiver.frames import BadFrame, Begin, Finish, Message, Renew
+from diptych.transceiver.lease import EndedLease, LeaseTable
+from diptych.transceiver.metrics import Counts, TransceiverMetrics
+from diptych.transceiver.pool_memory import PoolMemory
+from diptych.transceiver.server import Server
+from diptych.transceiver.settings import (
+    FetchDone,
+    FetchFailed,
+    LeaseEnded,
+    TransceiverEvent,
+    TransceiverSettings,
+)
+from diptych.transceiver.stop import Stop
+from diptych.transceiver.ticket import Ticket
+from diptych.transceiver.transport import Transport, TransportContext, load
+
+log = logging.getLogger(__name__)
+
+
+class Transceiver:
+    """`wake` is called from background threads when `poll` has something; `clock` is the leases' clock."""
+
+    def __init__(
+        self,
+        memory: PoolMemory,
+        layout: KvLayout,
+        settings: TransceiverSettings,
+        *,
+        wake: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        secret = settings.secret.encode() if settings.secret else None
+        self._memory = memory
+        self._layout = layout
+        self._settings = settings
+        self._wake = wake
+        self._clock = clock
+        self._digests = OwnerDigests(memory, layout.tokens_per_block)
+        self._leases = LeaseTable()
+        self._fetches: dict[int, tuple[Fetch, Future[None]]] = {}
+        self._fetch_ids = itertools.count(1)
+        self._events: deque[TransceiverEvent] = deque()
+        self._lock = threading.Lock()  # of leases and metrics
+        self._counts = Counts()
+        self._server = Server(
+            incarnation=memory.identity.incarnation,
+            bind_host=settings.bind_host,
+            port=settings.port,
+            advertise_host=settings.advertise_host,
+            secret=secret,
+            tick=self._tick,
+        )
+        context = TransportContext(self._server, secret, settings.timeout_s)
+        self._transports: dict[str, Transport] = {name: load(name, context) for name in settings.backends}
+        self._regions = {name: transport.register(memory) for name, transport in self._transports.items()}
+        self._fetcher = Fetcher(
+            memory,
+            layout,
+            self._transports,
+            verify_digest=settings.verify_digest,
+            secret=secret,
+            timeout_s=settings.timeout_s,
+        )
+        self._executor = ThreadPoolExecutor(settings.max_concurrent_fetches, thread_name_prefix="kv-fetch")
+        self._server.handle("control", self._serve_control)
+        self._server.start()
+
+    def offer(self, block_ids: Sequence[int], num_tokens: int) -> tuple[str, bytes]:
+        """Open a lease on these blocks, which are complete: (ticket id, ticket for the reader)."""
+        generations = self._memory.generations[list(block_ids)].tolist()
+        digests: list[int] = []
+        if self._settings.verify_digest:
+            digests = self._digests.of(block_ids, generations, num_tokens)
+        host, port = self._server.address
+        ticket = Ticket(
+            ticket_id=tickets.new_ticket_id(),
+            incarnation=self._memory.identity.incarnation,
+            layout=self._layout,
+            fingerprint=self._memory.identity.fingerprint,
+            num_tokens=num_tokens,
+            block_ids=list(block_ids),
+            generations=generations,
+            digests=digests,
+            host=host,
+            port=port,
+            transports=self._regions,
+            lease_s=self._settings.lease_s,
+        )
+        with self._lock:
+            self._leases.add(ticket.ticket_id, block_ids, self._clock(), self._settings.lease_s)
+        return ticket.ticket_id, tickets.encode(ticket)
+
+    def fetch(self, ticket: bytes, source_indices: Sequence[int], destination_blocks: Sequence[int]) -> int:
+        """Start to copy the ticket's blocks at these indices into these blocks of ours; `poll` tells the end.
+
+        With no blocks at all it only tells the owner that the ticket is not needed.
+        """
+        fetch = Fetch(
+            next(self._fetch_ids),
+            ticket,
+            tuple(source_indices),
+            tuple(destination_blocks),
+            Stop(self._settings.timeout_s),
+        )
+        self._fetches[fetch.fetch_id] = (fetch, self._executor.submit(self._run, fetch))
+        return fetch.fetch_id
+
+    def abort(self, fetch_id: int) -> None:
+        """The destination stays in use until the fetch's event says otherwise."""
+        fetch, future = self._fetches.get(fetch_id, (None, None))
+        if fetch is None or future is None:
+            return
+        fetch.abort()
+        if future.cancel():  # it had not begun
+            self._post(FetchFailed(fetch_id, "cancelled", "the fetch was aborted before it began"))
+            self._executor.submit(self._decline, fetch.ticket)
+
+    def release(self, ticket_id: str) -> None:
+        """Owner side: nobody will come for this ticket. Unknown tickets are ignored."""
+        with self._lock:
+            ended = self._leases.cancel(ticket_id)
+        self._post_ended([ended])
+
+    def poll(self, now: float) -> list[TransceiverEvent]:
+        """What has happened since the last call. `now` is the leases' clock."""
+        if now >= self._leases.next_expiry:
+            with self._lock:
+                expired = self._leases.expire(now)
+            self._post_ended(expired)
+        events: list[TransceiverEvent] = []
+        while self._events:
+            event = self._events.popleft()
+            if not isinstance(event, LeaseEnded):
+                del self._fetches[event.fetch_id]
+            events.append(event)
+        return events
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where readers dial, for the log and /server_info."""
+        return self._server.address
+
+    def metrics(self) -> TransceiverMetrics:
+        with self._lock:
+            return self._counts.snapshot(open_fetches=len(self._fetches), open_leases=len(self._leases))
+
+    def close(self) -> None:
+        """Ends every fetch (their events can still be polled) and lets go of the pool's memory."""
+        for fetch_id in list(self._fetches):
+            self.abort(fetch_id)
+        self._executor.shutdown(wait=True)
+        self._fetcher.close()
+        for transport in self._transports.values():
+            transport.close()
+        self._server.close()
+
+    def _run(self, fetch: Fetch) -> None:
+        event: FetchDone | FetchFailed
+        try:
+            event = self._fetcher.run(fetch)
+        except TransferError as error:
+            event = FetchFailed(fetch.fetch_id, error.code or "internal", error.message)
+        except Exception as error:
+            log.exception("KV fetch %d failed by an error of ours", fetch.fetch_id)
+            event = FetchFailed(fetch.fetch_id, "internal", f"{type(error).__name__}: {error}")
+        self._post(event)
+
+    def _decline(self, ticket: bytes) -> None:
+        try:
+            self._fetcher.decline(ticket)
+        except TransferError as error:
+            log.debug("an aborted fetch had no readable ticket: %s", error)
+
+    def _post(self, *events: TransceiverEvent) -> None:
+        with self._lock:
+            for event in events:
+                self._counts.add(event)
+        self._events.extend(events)
+        self._wake()
+
+    def _post_ended(self, ended: Sequence[EndedLease | None]) -> None:
+        events = [LeaseEnded(lease.ticket_id, lease.block_ids, lease.reason) for lease in ended if lease]
+        if events:
+            self._post(*events)
+
+    def _tick(self) -> None:
+        # An engine that sleeps must return expired blocks too, not only one that gets new work.
+        if self._clock() >= self._leases.next_expiry:
+            self._wake()
+
+    def _serve_control(self, connection: Connection, number: int) -> None:
+        try:
+            while True:
+                connection.wait_readable(None)
+                self._apply(connection.receive(Stop(self._settings.timeout_s)), number)
+        finally:
+            with self._lock:
+                lost = self._leases.lose(number)
+            self._post_ended(lost)
+
+    def _apply(self, message: Message, reader: int) -> None:
+        ended: EndedLease | None = None
+        with self._lock:
+            now = self._clock()
+            if isinstance(message, Begin):
+                self._leases.begin(message.ticket_id, reader, now)
+            elif isinstance(message, Renew):
+                for ticket_id in message.ticket_ids:
+                    self._leases.renew(ticket_id, now)
+            elif isinstance(message, Finish):
+                if message.complete:
+                    ended = self._leases.release(message.ticket_id)
+                else:
+                    ended = self._leases.give_up(message.ticket_id, reader)
+            else:
+                raise BadFrame(f"{type(message).__name__} on a control connection")
+        self._post_ended([ended])

@@ -1,0 +1,216 @@
+"""The HTTP side of one worker: a complete OpenAI server, whose endpoints also run one leg of a disaggregated request."""
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+
+import orjson
+from aiohttp import web
+
+from diptych import __version__
+from diptych.config import LlmConfig
+from diptych.errors import DiptychError, InvalidRequest, NotFound, PayloadTooLarge, StartupError
+from diptych.worker.responder import chat, complete, tokenize
+from diptych.worker.service import WorkerService
+
+log = logging.getLogger(__name__)
+
+SERVICE = web.AppKey("service", WorkerService)
+_JSON = "application/json"
+_HEALTH_TIMEOUT_S = 30.0
+
+
+def run(config: LlmConfig) -> None:
+    """Serve until SIGTERM or SIGINT; StartupError when that cannot begin."""
+    try:
+        import uvloop
+    except ImportError:
+        code = asyncio.run(_serve(config))
+    else:
+        code = uvloop.run(_serve(config))
+    if code:
+        sys.exit(code)
+
+
+def create_app(service: WorkerService) -> web.Application:
+    app = web.Application(client_max_size=service.config.max_body_bytes, middlewares=[_errors])
+    app[SERVICE] = service
+    app.add_routes(
+        [
+            web.post("/v1/completions", complete),
+            web.post("/v1/chat/completions", chat),
+            web.post("/tokenize", tokenize),
+            web.get("/v1/models", _models),
+            web.get("/health", _health),
+            web.get("/health_generate", _health_generate),
+            web.get("/live", _live),
+            web.get("/version", _version),
+            web.get("/server_info", _server_info),
+            web.get("/metrics", _metrics),
+            web.get("/prometheus/metrics", _prometheus),
+            web.get("/perf_metrics", _perf_metrics),
+            web.post("/kv/release", _release),
+        ]
+    )
+    return app
+
+
+async def _serve(config: LlmConfig) -> int:
+    assert config.listen_fd is not None, "the command line opens the listener"
+    service = WorkerService(config)
+    # A client that goes away cancels its handler, and that its sequences.
+    runner = web.AppRunner(create_app(service), handler_cancellation=True, access_log=None)
+    await runner.setup()
+    try:
+        # The port answers while the model loads, with 503: who asks learns that somebody is at home.
+        await web.SockSite(runner, socket.socket(fileno=_dup(config.listen_fd))).start()
+        await service.start()
+        log.info("serving %s on http://%s:%d", config.model_name, config.host, config.port)
+        return await _until_stopped(service)
+    finally:
+        await service.close()
+        await runner.cleanup()
+
+
+async def _until_stopped(service: WorkerService) -> int:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    stopped = asyncio.ensure_future(stop.wait())
+    await asyncio.wait({stopped, service.engine.died}, return_when=asyncio.FIRST_COMPLETED)
+    if service.engine.died.done():
+        stopped.cancel()
+        log.error("the engine process ended with exit code %d: stopping", service.engine.died.result())
+        await asyncio.sleep(0)  # its open requests have their error events: let the handlers send them
+        return 1
+    log.info("draining: %d open requests", service.open_requests)
+    await service.drain()
+    return 0
+
+
+def _dup(fd: int) -> int:
+    import os
+
+    return os.dup(fd)
+
+
+@web.middleware
+async def _errors(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Every failure before the first byte becomes one OpenAI error body."""
+    try:
+        return await handler(request)
+    except DiptychError as error:
+        failure = error
+    except web.HTTPRequestEntityTooLarge:
+        limit = request.app[SERVICE].config.max_body_bytes
+        failure = PayloadTooLarge(f"the body is larger than {limit} bytes")
+    except web.HTTPNotFound:
+        failure = NotFound(f"there is no {request.path} here")
+    except web.HTTPMethodNotAllowed as error:
+        allowed = ", ".join(sorted(error.allowed_methods))
+        failure = InvalidRequest(f"{request.method} {request.path} is not possible; allowed: {allowed}")
+        return _error_response(failure, status=405)
+    except web.HTTPException:
+        raise
+    except asyncio.CancelledError:
+        raise
+    except Exception:
+        log.exception("%s %s failed", request.method, request.path)
+        failure = DiptychError("internal error; the worker's log has the details")
+    return _error_response(failure)
+
+
+def _error_response(error: DiptychError, status: int | None = None) -> web.Response:
+    return web.Response(
+        body=orjson.dumps(error.body()),
+        status=status or error.status,
+        content_type=_JSON,
+        headers=error.headers(),
+    )
+
+
+def _json(value: object, status: int = 200) -> web.Response:
+    return web.Response(body=orjson.dumps(value), status=status, content_type=_JSON)
+
+
+async def _models(request: web.Request) -> web.Response:
+    service = request.app[SERVICE]
+    entry = {
+        "id": service.config.model_name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "diptych",
+    }
+    return _json({"object": "list", "data": [entry]})
+
+
+async def _health(request: web.Request) -> web.Response:
+    service = request.app[SERVICE]
+    if not service.is_healthy:
+        service.check_ready()
+    return web.Response()
+
+
+async def _health_generate(request: web.Request) -> web.Response:
+    """Really draw one token."""
+    from diptych.worker.responder import probe
+
+    service = request.app[SERVICE]
+    service.check_ready()
+    await asyncio.wait_for(probe(service), _HEALTH_TIMEOUT_S)
+    return web.Response()
+
+
+async def _live(request: web.Request) -> web.Response:
+    return web.Response()
+
+
+async def _version(request: web.Request) -> web.Response:
+    return _json({"version": __version__})
+
+
+async def _server_info(request: web.Request) -> web.Response:
+    return _json(request.app[SERVICE].server_info())
+
+
+async def _metrics(request: web.Request) -> web.Response:
+    """Statistics of the steps since the last call, as in TensorRT-LLM; Prometheus text is elsewhere."""
+    service = request.app[SERVICE]
+    entries = list(service.iterations)
+    service.iterations.clear()
+    return _json(entries)
+
+
+async def _prometheus(request: web.Request) -> web.Response:
+    body = request.app[SERVICE].metrics.render()
+    return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+
+async def _perf_metrics(request: web.Request) -> web.Response:
+    """Where the time of the last requests went; `?request_id=` for one of them."""
+    entries = list(request.app[SERVICE].perf)
+    wanted = request.query.get("request_id")
+    return _json([entry for entry in entries if wanted in (None, entry["request_id"])])
+
+
+async def _release(request: web.Request) -> web.Response:
+    """Return the blocks of tickets that no generation worker will fetch."""
+    service = request.app[SERVICE]
+    try:
+        ticket_ids = orjson.loads(await request.read())["ticket_ids"]
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        ticket_ids = None
+    if not isinstance(ticket_ids, list) or not all(isinstance(ticket, str) for ticket in ticket_ids):
+        raise InvalidRequest('the body must be {"ticket_ids": [string, ...]}', param="ticket_ids")
+    for ticket_id in ticket_ids:
+        service.engine.release(ticket_id)
+    return _json({"released": len(ticket_ids)})
+
+
+

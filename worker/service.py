@@ -1,0 +1,186 @@
+"""One worker as its HTTP handlers see it: the model's text side, the engine, and which state it is in."""
+
+import asyncio
+import logging
+import secrets
+import socket
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from diptych import __version__
+from diptych.config import Hardware, LlmConfig, resolve_limits
+from diptych.errors import ModelNotFound, Unavailable
+from diptych.model_source import resolve_model
+from diptych.text import Tokenizer
+from diptych.wire import EngineProgress, EngineReady, EngineStats, WorkerState
+from diptych.worker.engine_client import EngineClient
+from diptych.worker.hardware import detect
+from diptych.worker.metrics import WorkerMetrics
+from diptych.worker.settings import EngineSettings
+
+log = logging.getLogger(__name__)
+
+_TRANSPORTS: dict[str, tuple[str, ...]] = {"SHM": ("shm",), "TCP": ("tcp",), "DEFAULT": ("shm", "tcp")}
+_PERF_RING = 1000
+_ITERATION_RING = 1000
+_DRAIN_S = 60.0
+
+
+class WorkerService:
+    def __init__(self, config: LlmConfig) -> None:
+        self.config = config
+        self.incarnation = secrets.token_hex(8)
+        self.worker_id = f"{socket.gethostname()}:{config.port}-{self.incarnation[:6]}"
+        self.state: WorkerState = "STARTING"
+        self.created = int(time.time())
+        self.metrics = WorkerMetrics(config.model_name, self._stats)
+        self.perf: deque[dict[str, Any]] = deque(maxlen=config.perf_metrics_max_requests or _PERF_RING)
+        self.iterations: deque[dict[str, Any]] = deque(maxlen=_ITERATION_RING)
+        self.open_requests = 0
+        self._engine: EngineClient | None = None
+        self._tokenizer: Tokenizer | None = None
+        self._progress_shown = ""
+
+    async def start(self) -> None:
+        """Load tokenizer and engine side by side. StartupError says why that failed."""
+        hardware = detect(self.config)
+        limits = resolve_limits(self.config, hardware)
+        log.info("%s: %s", self.config.model_name, limits)
+        path = await asyncio.to_thread(resolve_model, self.config.model, self.config.revision)
+        self._engine = EngineClient(self._settings(path, hardware))
+        self._engine.on_iteration = self._keep_iteration
+        tokenizer_path = path
+        if self.config.tokenizer is not None:
+            tokenizer_path = await asyncio.to_thread(resolve_model, self.config.tokenizer, None)
+        tokenizer, ready = await asyncio.gather(
+            asyncio.to_thread(Tokenizer.load, tokenizer_path), self._engine.start(self._show)
+        )
+        self._tokenizer = tokenizer
+        self.state = "READY"
+        log.info(
+            "ready in %.1f s: %s on %s kernels, %d KV blocks of %d tokens, max_seq_len %d",
+            ready.load_s,
+            self.config.model_name,
+            ready.kernel,
+            ready.num_blocks,
+            self.config.kv_cache_config.tokens_per_block,
+            ready.max_seq_len,
+        )
+
+    async def drain(self) -> None:
+        """Take nothing new; wait, but not for ever, until nothing runs and no peer needs our blocks."""
+        self.state = "DRAINING"
+        deadline = time.monotonic() + _DRAIN_S
+        while time.monotonic() < deadline and self.engine.is_alive:
+            if self.open_requests == 0 and self.engine.stats.leased_blocks == 0:
+                return
+            await asyncio.sleep(0.05)
+
+    async def close(self) -> None:
+        if self._engine is not None:
+            await self._engine.close()
+
+    @property
+    def engine(self) -> EngineClient:
+        assert self._engine is not None
+        return self._engine
+
+    @property
+    def ready(self) -> EngineReady:
+        ready = self.engine.ready
+        assert ready is not None
+        return ready
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        assert self._tokenizer is not None
+        return self._tokenizer
+
+    @property
+    def model_names(self) -> list[str]:
+        """The name that we print first, then the others that requests may use."""
+        name = self.config.model_name
+        return [name, *({self.config.model, Path(self.config.model).name} - {name})]
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name not in self.model_names:
+            raise ModelNotFound(
+                f"model {name!r} is not served here; available: {self.config.model_name!r}", param="model"
+            )
+
+    def check_ready(self) -> None:
+        if self.state == "STARTING":
+            raise Unavailable("the model is still loading", retry_after_s=2)
+        if self.state == "DRAINING":
+            raise Unavailable("this worker is shutting down", retry_after_s=1)
+        if not self.engine.is_alive:
+            raise Unavailable("the engine process has ended", code="worker_lost", retry_after_s=5)
+
+    @property
+    def is_healthy(self) -> bool:
+        return self.state == "READY" and self.engine.is_alive
+
+    def server_info(self) -> dict[str, Any]:
+        ready = self._engine.ready if self._engine is not None else None
+        return {
+            "worker_id": self.worker_id,
+            "role": self.config.server_role,
+            "model": self.config.model_name,
+            "models": self.model_names,
+            "incarnation": self.incarnation,
+            "state": self.state,
+            "layout": ready.layout["fingerprint"] if ready else "",
+            "kernel": ready.kernel if ready else "",
+            "max_seq_len": ready.max_seq_len if ready else 0,
+            "tokens_per_block": self.config.kv_cache_config.tokens_per_block,
+            "version": __version__,
+        }
+
+    def _stats(self) -> EngineStats:
+        return EngineStats() if self._engine is None else self._engine.stats
+
+    def _keep_iteration(self, stats: EngineStats) -> None:
+        assert stats.iteration is not None
+        self.iterations.append(stats.iteration)
+
+    def _show(self, progress: EngineProgress) -> None:
+        text = progress.message
+        if progress.fraction is not None:
+            text += f" {int(progress.fraction * 4) * 25} %"
+        if text != self._progress_shown:
+            self._progress_shown = text
+            log.info("%s", text)
+
+    def _settings(self, path: Path, hardware: Hardware) -> EngineSettings:
+        config, limits = self.config, resolve_limits(self.config, hardware)
+        kv, transfer = config.kv_cache_config, config.cache_transceiver_config
+        backend = transfer.backend or "DEFAULT"
+        if backend not in _TRANSPORTS:
+            log.warning(
+                "cache_transceiver_config.backend %s is not in this version: taking the fastest of %s",
+                backend,
+                ", ".join(_TRANSPORTS["DEFAULT"]),
+            )
+        timeout_ms = transfer.kv_transfer_timeout_ms
+        return EngineSettings(
+            model_path=str(path),
+            incarnation=self.incarnation,
+            device=limits.device,
+            load_format=config.load_format,
+            num_threads=limits.num_threads,
+            tokens_per_block=kv.tokens_per_block,
+            max_kv_tokens=kv.max_tokens,
+            kv_memory_fraction=kv.free_gpu_memory_fraction,
+            enable_block_reuse=kv.enable_block_reuse,
+            max_batch_size=limits.max_batch_size,
+            max_num_tokens=limits.max_num_tokens,
+            max_seq_len=config.max_seq_len,
+            capacity_policy=config.scheduler_config.capacity_scheduler_policy,
+            transports=_TRANSPORTS.get(backend, _TRANSPORTS["DEFAULT"]),
+            transceiver_host=config.host,
+            kv_transfer_timeout_s=60.0 if timeout_ms is None else timeout_ms / 1000,
+            iteration_stats=config.enable_iter_perf_stats,
+            log_level=config.log_level,
+        )
