@@ -134,6 +134,7 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     pid: int
     incarnation: str
     max_seq_len: int
+    vocab_size: int
     layout: dict[str, Any]
     num_blocks: int
     kernel: str  # which kernels run the model, for the log and /server_info

@@ -17,8 +17,8 @@ from diptych.transceiver.pool_memory import Bytes, PoolMemory
 class OwnerDigests:
     """Digests of the owner's blocks.
 
-    A full block never changes within a generation, so it is read once for all tickets that name it: offering a
-    prompt again costs nothing but its last block.
+    A full block never changes within a generation, so it is read once for all tickets that name it: offering
+    a prompt again costs nothing but its last block.
     """
 
     def __init__(self, memory: PoolMemory, tokens_per_block: int) -> None:
@@ -63,7 +63,7 @@ class LandedDigests:
         wrong = [block for block, digest in pairs if self._found.get(block) != digest]
         if wrong:
             raise TransferError(
-                f"{len(wrong)} of {len(expected)} blocks did not arrive with the bytes that the ticket promises",
+                f"{len(wrong)} of {len(expected)} blocks arrived with other bytes than the ticket promises",
                 code="corrupt",
             )
 

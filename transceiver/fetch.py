@@ -148,13 +148,15 @@ class Fetcher:
         require_generations(transfer.generations, [ticket.generations[i] for i in fetch.source_indices])
         if verify:
             digests.require(plan.destination_blocks, [ticket.digests[i] for i in fetch.source_indices])
-        fetch.stop.check()
         return transport.name, transfer.bytes, transfer.seconds
 
     def _begin(self, ticket: Ticket) -> Link | None:
-        while (link := self._link(ticket)) is not None and not link.begin(ticket.ticket_id):
-            self._drop(link)  # it has ended, a new one is dialled
-        return link
+        for _ in range(2):  # a link that has just ended is dialled anew, once
+            link = self._link(ticket)
+            if link is None or link.begin(ticket.ticket_id):
+                return link
+            self._drop(link)
+        return None
 
     def _link(self, ticket: Ticket) -> Link | None:
         key = (ticket.incarnation, ticket.host, ticket.port)

@@ -76,7 +76,7 @@ class Finish(msgspec.Struct, frozen=True, tag="finish"):
 
 
 class Read(msgspec.Struct, frozen=True, tag="read"):
-    """Data: send these byte spans (int64 pairs of offset and length), then these blocks' (int64) generations."""
+    """Data: send these byte spans (int64: offset, length, ...), then these blocks' (int64) generations."""
 
     spans: bytes
     blocks: bytes

@@ -9,6 +9,7 @@ import logging
 import os
 import select
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -101,20 +102,23 @@ class Link:
         poll = select.poll()
         poll.register(connection, select.POLLIN)
         poll.register(self._wake_fd, select.POLLIN)
+        renew_at = time.monotonic() + self._renew_s
         while True:
+            if time.monotonic() >= renew_at:  # also when messages keep coming
+                self._renew()
+                renew_at = time.monotonic() + self._renew_s
             message = self._next()
             if message is not None:
                 connection.send(message, Stop(self._timeout_s))
                 continue
             if self._closing.is_set():
                 return
-            ready = poll.poll(self._renew_s * 1000 if self._reading else None)
-            if not ready:
-                self._renew()
-            elif any(fd == connection.fileno() for fd, _ in ready):
+            wait_s = max(0.0, renew_at - time.monotonic()) if self._reading else None
+            ready = poll.poll(None if wait_s is None else wait_s * 1000 + 1)
+            if any(fd == connection.fileno() for fd, _ in ready):
                 # The owner has nothing to say here, so this is its end (or nonsense, which ends it too).
                 raise ConnectionResetError("the owner closed the control connection")
-            else:
+            if ready:
                 os.eventfd_read(self._wake_fd)
 
     def _next(self) -> Message | None:

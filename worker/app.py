@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import sys
@@ -12,13 +13,13 @@ from aiohttp import web
 
 from diptych import __version__
 from diptych.config import LlmConfig
-from diptych.errors import DiptychError, InvalidRequest, NotFound, PayloadTooLarge, StartupError
-from diptych.worker.responder import chat, complete, tokenize
+from diptych.errors import DiptychError, InvalidRequest, NotFound, PayloadTooLarge
+from diptych.worker.keys import SERVICE
+from diptych.worker.responder import chat, complete, probe, tokenize
 from diptych.worker.service import WorkerService
 
 log = logging.getLogger(__name__)
 
-SERVICE = web.AppKey("service", WorkerService)
 _JSON = "application/json"
 _HEALTH_TIMEOUT_S = 30.0
 
@@ -66,7 +67,7 @@ async def _serve(config: LlmConfig) -> int:
     await runner.setup()
     try:
         # The port answers while the model loads, with 503: who asks learns that somebody is at home.
-        await web.SockSite(runner, socket.socket(fileno=_dup(config.listen_fd))).start()
+        await web.SockSite(runner, socket.socket(fileno=os.dup(config.listen_fd))).start()
         await service.start()
         log.info("serving %s on http://%s:%d", config.model_name, config.host, config.port)
         return await _until_stopped(service)
@@ -90,12 +91,6 @@ async def _until_stopped(service: WorkerService) -> int:
     log.info("draining: %d open requests", service.open_requests)
     await service.drain()
     return 0
-
-
-def _dup(fd: int) -> int:
-    import os
-
-    return os.dup(fd)
 
 
 @web.middleware
@@ -159,8 +154,6 @@ async def _health(request: web.Request) -> web.Response:
 
 async def _health_generate(request: web.Request) -> web.Response:
     """Really draw one token."""
-    from diptych.worker.responder import probe
-
     service = request.app[SERVICE]
     service.check_ready()
     await asyncio.wait_for(probe(service), _HEALTH_TIMEOUT_S)

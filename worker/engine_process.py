@@ -136,6 +136,7 @@ def _build(settings: EngineSettings, link: EngineLink) -> "Engine":
             pid=os.getpid(),
             incarnation=settings.incarnation,
             max_seq_len=max_seq_len,
+            vocab_size=config.vocab_size,
             layout=msgspec.to_builtins(layout) | {"fingerprint": layout.fingerprint()},
             num_blocks=num_blocks,
             kernel=model.kernel_name,

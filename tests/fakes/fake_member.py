@@ -1,7 +1,8 @@
 """A stand-in for `trtllm-serve` that the launcher can start: answers /health, does as its environment says.
 
-FAKE_DIR: a folder where each process writes NAME.pid and NAME.args; NAME is its role in lower case, or "router".
-FAKE_DIE: NAME of one that fails at its start. FAKE_STUBBORN: NAME of one that ignores SIGTERM and has a child.
+FAKE_DIR: a folder where each process writes NAME.pid and NAME.args; NAME is its role, or "router".
+FAKE_DIE: NAME of one that fails at its start.
+FAKE_STUBBORN: NAME of one that ignores SIGTERM and has a child.
 FAKE_NEVER_READY: NAME of one whose health is never good.
 """
 

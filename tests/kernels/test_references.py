@@ -55,9 +55,7 @@ class Pool:
 
     def append(self, chunks):
         if chunks:
-            append_kv(
-                rows(self.keys, chunks), rows(self.values, chunks), self.cache, self.plan(chunks)
-            )
+            append_kv(rows(self.keys, chunks), rows(self.values, chunks), self.cache, self.plan(chunks))
 
 
 def rows(tensors, chunks):
@@ -70,7 +68,9 @@ def test_attention_of_a_mixed_step(window):
     pool = Pool(lengths, computed)
     chunks = [(index, computed[index], lengths[index]) for index in (2, 0, 4, 1, 3)]
     pool.append(chunks)
-    actual = paged_attention(rows(pool.queries, chunks), pool.cache, pool.plan(chunks, window), HEAD_DIM**-0.5)
+    actual = paged_attention(
+        rows(pool.queries, chunks), pool.cache, pool.plan(chunks, window), HEAD_DIM**-0.5
+    )
     expected = torch.stack(
         [
             torch.stack(

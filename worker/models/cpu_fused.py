@@ -11,7 +11,7 @@ from diptych.worker.step import StepBatch
 
 
 def unusable(config: ModelConfig, tokens_per_block: int) -> str | None:
-    """Why the fused step cannot run this model on this machine, and what would help; None: it can."""
+    """Why the fused step cannot run this model on this machine; None: it can. Compiles it if need be."""
     if config.dtype == "float32":
         return "they compute in bfloat16, and the dtype is float32"
     if config.o_bias:
@@ -19,7 +19,7 @@ def unusable(config: ModelConfig, tokens_per_block: int) -> str | None:
     try:
         cpu_step.isa()
     except cpu_step.KernelUnavailable as error:
-        return f"{error} (install a C++ compiler, for example the package g++)"
+        return str(error)
     return cpu_step.supports(step_shape(config, tokens_per_block))
 
 

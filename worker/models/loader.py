@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from diptych.worker.models.gguf_file import GgufFile
 from diptych.worker.models.safetensors_dir import SafetensorsDir, read_json, read_optional_json
 from diptych.worker.models.weights import Part, WeightSpec, dummy_weights, torch_dtype, weight_specs
 
-LoadFormat = Literal["auto", "dummy"]
+__all__ = ["TensorSource", "dummy_weights", "is_gguf", "load_config", "load_weights"]
+
 _ROPE_FREQS = "rope_freqs.weight"
 
 
@@ -55,14 +56,8 @@ def load_weights(
     path: Path,
     config: ModelConfig,
     progress: Callable[[float], None],
-    *,
-    load_format: LoadFormat = "auto",
 ) -> dict[str, Tensor]:
     """Canonical weights (see weights.py) in the config's dtype; `progress` gets fractions, in this thread."""
-    if load_format == "dummy":
-        weights = dummy_weights(config)
-        progress(1.0)
-        return weights
     source: TensorSource = GgufFile.open(path) if is_gguf(path) else SafetensorsDir.open(path)
     specs = weight_specs(config)
     total, done = sum(_size(spec) for spec in specs), 0

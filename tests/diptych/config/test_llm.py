@@ -1,6 +1,5 @@
 """Worker options: merging, types, spellings of TensorRT-LLM, and the sentences for what is wrong."""
 
-import logging
 from pathlib import Path
 
 import pytest
@@ -88,7 +87,7 @@ class TestSpellings:
         assert caplog.messages == []
 
     def test_pytorch_backend_config(self, write, caplog: pytest.LogCaptureFixture):
-        file = write("pytorch_backend_config: {enable_iter_perf_stats: true, enable_overlap_scheduler: true}\n")
+        file = write("pytorch_backend_config: {enable_iter_perf_stats: true, enable_overlap_scheduler: on}\n")
         assert load_llm_config("m", None, file).enable_iter_perf_stats
         assert len(caplog.messages) == 1
         assert "pytorch_backend_config" in caplog.text
@@ -109,12 +108,23 @@ class TestSpellings:
         assert config.kv_cache_config.dtype == "bfloat16"
 
     def test_known_options_without_effect_are_named_once(self, write, caplog: pytest.LogCaptureFixture):
-    caplog.set_level(logging.WARNING) file = write( "cuda_graph_config: null\nprint_iter_log:
-    true\nkv_cache_config: {use_uvm: true, tokens_per_block: 64}\n" "scheduler_config:
-    {context_chunking_policy: EQUAL_PROGRESS}\n" ) config = load_llm_config("m", None, file) assert
-    config.kv_cache_config.tokens_per_block == 64 [message] = caplog.messages for name in (
-    "cuda_graph_config", "print_iter_log", "kv_cache_config.use_uvm", "context_chunking_policy", ): assert
-    name in message assert "no effect" in message
+        file = write(
+            "cuda_graph_config: null\n"
+            "print_iter_log: true\n"
+            "kv_cache_config: {use_uvm: true, tokens_per_block: 64}\n"
+            "scheduler_config: {context_chunking_policy: EQUAL_PROGRESS}\n"
+        )
+        config = load_llm_config("m", None, file)
+        assert config.kv_cache_config.tokens_per_block == 64
+        [message] = caplog.messages
+        for name in (
+            "cuda_graph_config",
+            "print_iter_log",
+            "kv_cache_config.use_uvm",
+            "context_chunking_policy",
+        ):
+            assert name in message
+        assert "no effect" in message
 
     def test_fields_that_nothing_acts_on_are_named_when_set(self, write, caplog: pytest.LogCaptureFixture):
         load_llm_config("m", None, write("kv_cache_config: {event_buffer_max_size: 0}\n"))

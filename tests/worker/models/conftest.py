@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every family, and a way to run token sequences through a Model in any chunking."""
+"""Tiny random checkpoints of every family, and a way to run sequences through a Model in any chunking."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,12 +59,11 @@ class Chunk:
 class Runner:
     """Runs sequences on one Model over a pool whose unwritten slots hold NaN, with scrambled block ids."""
 
-    def __init__(self, model: Model, config: ModelConfig, tokens_per_block: int = 16) -> None:
+    def __init__(self, model: Model, config: ModelConfig, *, device: str = "cpu") -> None:
         self._model = model
         self._vocab_size = config.vocab_size
-        self._tokens_per_block = tokens_per_block
-        shape = (64, config.num_layers, 2, config.num_kv_heads, tokens_per_block, config.head_dim)
-        self.pool = torch.full(shape, torch.nan, dtype=getattr(torch, model.kv_dtype))
+        shape = (64, config.num_layers, 2, config.num_kv_heads, 16, config.head_dim)
+        self.pool = torch.full(shape, torch.nan, dtype=getattr(torch, model.kv_dtype), device=device)
         self._tables = np.random.default_rng(1).permutation(64).astype(np.int32).reshape(4, 16)
         model.bind(self.pool)
 
@@ -72,7 +71,7 @@ class Runner:
         """The logits of every row, for each sequence in the order of its positions."""
         logits = [torch.empty(len(tokens), self._vocab_size) for tokens in sequences]
         for chunks in steps:
-            rows = self._model.forward(self.batch(sequences, chunks)).clone()
+            rows = self._model.forward(self.batch(sequences, chunks)).cpu().clone()
             for chunk, part in zip(chunks, rows.split([c.stop - c.start for c in chunks]), strict=True):
                 logits[chunk.sequence][chunk.start : chunk.stop] = part
         return logits
@@ -96,7 +95,7 @@ def whole(sequences: list[list[int]]) -> list[list[Chunk]]:
 
 
 def mixed(sequences: list[list[int]]) -> list[list[Chunk]]:
-    """All sequences in every step, in chunks of different sizes: prefill, decode and continued prefill together."""
+    """All sequences in every step, in chunks of different sizes: prefill and decode together."""
     sizes = [1, 7, 16, 40]
     steps, at = [], [0] * len(sequences)
     while any(at[index] < len(tokens) for index, tokens in enumerate(sequences)):

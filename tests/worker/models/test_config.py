@@ -67,7 +67,9 @@ def test_old_and_new_rope_spellings_mean_the_same():
     assert ModelConfig.from_hf(old) == ModelConfig.from_hf(new)
     assert ModelConfig.from_hf(old).rope.theta == 5e5
     oldest = {**HF, "rope_scaling": {"type": "linear", "factor": 2.0}}
-    assert ModelConfig.from_hf(oldest).rope == RopeConfig(kind="linear", factor=2.0, original_max_positions=4096)
+    assert ModelConfig.from_hf(oldest).rope == RopeConfig(
+        kind="linear", factor=2.0, original_max_positions=4096
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,11 @@ def test_old_and_new_rope_spellings_mean_the_same():
         ("Qwen2", {"sliding_window": 8, "use_sliding_window": False}, None),
         ("Qwen2", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}, 8),
         ("Qwen3", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2}, None),
-        ("Qwen3", {"sliding_window": 8, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}, 8),
+        (
+            "Qwen3",
+            {"sliding_window": 8, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 2},
+            8,
+        ),
     ],
 )
 def test_sliding_window(family, settings, expected):

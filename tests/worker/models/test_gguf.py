@@ -168,7 +168,9 @@ def test_missing_tensor(llama_file):
 
 def test_wrong_shape(llama_file):
     config = dataclasses.replace(load_config(llama_file), intermediate_size=150)
-    with pytest.raises(ModelLoadError, match=r"ffn_\w+\.weight .* \[160, 64\].* \[150, 64\]|\[64, 160\].*\[64, 150\]"):
+    with pytest.raises(
+        ModelLoadError, match=r"ffn_\w+\.weight .* \[160, 64\].* \[150, 64\]|\[64, 160\].*\[64, 150\]"
+    ):
         load_weights(llama_file, config, lambda fraction: None)
 
 

@@ -1,4 +1,4 @@
-"""The torch model computes what transformers computes on the same checkpoint, however the rows are cut into steps."""
+"""The torch model computes what transformers does on the same checkpoint, however rows are cut into steps."""
 
 import pytest
 import torch

@@ -1,6 +1,7 @@
 """The real small model, from its GGUF file, against transformers on the same weights in float32."""
 
 import dataclasses
+import time
 from importlib.util import find_spec
 
 import pytest
@@ -9,6 +10,7 @@ import transformers
 
 from diptych.model_source import resolve_model
 from diptych.worker.models.build import build_model
+from diptych.worker.models.cpu_fused import unusable
 from diptych.worker.models.loader import load_config, load_weights
 
 pytestmark = [
@@ -49,7 +51,9 @@ def transformers_model(config, weights):
         state[f"{theirs}.mlp.down_proj.weight"] = weights[f"{ours}.down"]
         state[f"{theirs}.input_layernorm.weight"] = weights[f"{ours}.input_norm"]
         state[f"{theirs}.post_attention_layernorm.weight"] = weights[f"{ours}.post_norm"]
-    missing, unexpected = hf.load_state_dict({**state, "lm_head.weight": weights["embed_tokens"]}, strict=False)
+    missing, unexpected = hf.load_state_dict(
+        {**state, "lm_head.weight": weights["embed_tokens"]}, strict=False
+    )
     assert not missing
     assert not unexpected
     return hf.eval()
@@ -89,18 +93,19 @@ def test_float32_logits_equal_transformers(reference, runner, chunkings):
     assert report("float32", logits, expected) < 2e-3
 
 
-def test_bfloat16_draws_the_tokens_of_float32(reference, runner, chunkings):
+@pytest.mark.parametrize("kernel", ["torch", "fused"])
+def test_bfloat16_draws_the_tokens_of_float32(kernel, reference, runner, chunkings):
     config, weights, tokens, expected = reference
-    logits = run(config, weights, tokens, runner, chunkings, "torch")
-    report("bfloat16", logits, expected)
+    if kernel == "fused" and (reason := unusable(config, 16)):
+        pytest.skip(reason)
+    logits = run(config, weights, tokens, runner, chunkings, kernel)
+    report(kernel, logits, expected)
     assert (logits - expected).norm() / expected.norm() < 0.03
     assert logits.argmax(-1)[len(PROMPT) - 1 : -1].tolist() == tokens[len(PROMPT) :]
 
 
-def test_loading_takes_a_moment(reference):
-    """The vocabulary in the file's header is skipped, not parsed: the header takes milliseconds of CPU time."""
-    import time
-
+def test_the_header_takes_a_moment():
+    """The vocabulary in the file's header is skipped, not parsed: that takes milliseconds of CPU time."""
     path = resolve_model("smollm2-135m-instruct")
     began = time.process_time()
     load_config(path)

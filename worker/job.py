@@ -1,0 +1,284 @@
+"""One HTTP request on this worker: its choices, their sequences in the engine, and the events that come back."""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import msgspec
+
+from diptych.errors import DeadlineExceeded, DiptychError, InvalidRequest, from_wire
+from diptych.openai import (
+    ChatRequest,
+    ChoiceResult,
+    CompletionRequest,
+    DisaggregatedParams,
+    ResponseHead,
+    SamplingDefaults,
+    Usage,
+    encode_ticket,
+    to_choice_text,
+    to_sampling_params,
+)
+from diptych.telemetry import Timeline
+from diptych.text import ChoiceText, Delta
+from diptych.wire import Submit, TokenEvent
+from diptych.worker.prompts import check_length
+from diptych.worker.service import WorkerService
+
+log = logging.getLogger(__name__)
+
+_GRACE_S = 10.0  # the engine ends late sequences itself; this is for an engine that says nothing
+
+
+@dataclass(slots=True)
+class Choice:
+    """One (prompt, n) pair. `submit` is None when its first token, drawn by the context leg, was its last."""
+
+    index: int
+    prompt: list[int]
+    text: ChoiceText
+    submit: Submit | None
+    cached_tokens: int = 0
+    handed_on: DisaggregatedParams | None = None  # what the context leg tells the generation leg
+
+    @property
+    def is_done(self) -> bool:
+        return self.text.finish_reason is not None
+
+
+class Job:
+    """Iterate over `deltas`; leaving early, by an error or because the client went, aborts what still runs."""
+
+    def __init__(
+        self,
+        service: WorkerService,
+        request: CompletionRequest | ChatRequest,
+        head: ResponseHead,
+        prompts: list[list[int]],
+        timeline: Timeline,
+        *,
+        request_id: str,
+        timeout_s: float,
+    ) -> None:
+        self.head = head
+        self.request_id = request_id
+        self._service = service
+        self._request = request
+        self._timeline = timeline
+        self._timeout_s = timeout_s
+        self._leg = request.disaggregated_params
+        self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
+        self._first_token_at: float | None = None
+        self._prompts = prompts
+        self.choices = [
+            self._choice(prompt_index * request.n + number, number, prompt)
+            for prompt_index, prompt in enumerate(prompts)
+            for number in range(request.n)
+        ]
+        self._open: dict[str, Choice] = {}
+
+    @property
+    def is_context_leg(self) -> bool:
+        return self._leg is not None and self._leg.request_type == "context_only"
+
+    @property
+    def finished(self) -> bool:
+        return all(choice.is_done and choice.text.finish_reason != "not_finished" for choice in self.choices)
+
+    def start(self) -> None:
+        for choice in self.choices:
+            if choice.submit is not None:
+                self._open[choice.submit.request_id] = choice
+                self._service.engine.submit(choice.submit, self._events.put_nowait)
+
+    async def deltas(self) -> AsyncIterator[list[tuple[Choice, Delta]]]:
+        """What each engine step brings, until every choice is done. Raises the first error of any choice."""
+        while self._open:
+            events = [await self._next_event()]
+            while not self._events.empty():
+                events.append(self._events.get_nowait())
+            batch = []
+            for event in events:
+                choice = self._open.get(event.request_id)
+                if choice is not None:
+                    batch.append((choice, self._feed(choice, event)))
+            yield batch
+
+    def close(self) -> None:
+        """Whatever still runs stops; tickets that nobody will get give their blocks back."""
+        for request_id in self._open:
+            self._service.engine.abort(request_id)
+        self._open.clear()
+        while not self._events.empty():
+            self._release(self._events.get_nowait())
+        if self._first_token_at is not None:
+            self._service.metrics.e2e_latency.observe(time.monotonic() - self._timeline.started)
+            for choice in self.choices:
+                self._service.metrics.finished(choice.text.finish_reason or "cancelled")
+            num_tokens = max(len(choice.text.token_ids) for choice in self.choices)
+            if num_tokens > 1:
+                elapsed = time.monotonic() - self._first_token_at
+                self._service.metrics.token_time.observe(elapsed / (num_tokens - 1))
+
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=sum(map(len, self._prompts)),
+            completion_tokens=sum(len(choice.text.token_ids) for choice in self.choices),
+            # The choices of one prompt share it: its hits count once.
+            cached_tokens=sum(choice.cached_tokens for choice in self.choices[:: self._request.n]),
+        )
+
+    def results(self) -> list[ChoiceResult]:
+        return [
+            ChoiceResult.of(
+                choice.index,
+                choice.text,
+                with_token_ids=self._request.return_token_ids,
+                disaggregated_params=choice.handed_on,
+            )
+            for choice in self.choices
+        ]
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        return self._prompts
+
+    # Building the choices
+
+    def _choice(self, index: int, number: int, prompt: list[int]) -> Choice:
+        request, service = self._request, self._service
+        max_seq_len = service.ready.max_seq_len
+        check_length(len(prompt), request.max_tokens, max_seq_len)
+        echo = ""
+        if isinstance(request, CompletionRequest) and request.echo:
+            echo = service.tokenizer.decode(prompt, skip_special_tokens=request.skip_special_tokens)
+        text = to_choice_text(request, service.tokenizer, echo=echo)
+        params = to_sampling_params(
+            request,
+            vocab_size=service.ready.vocab_size,
+            default_max_tokens=max_seq_len - len(prompt),
+            choice_index=number,
+            defaults=SamplingDefaults(),
+        )
+        submit = Submit(
+            request_id=f"{self.head.id}.{index}.{secrets.token_hex(3)}",
+            prompt_token_ids=prompt,
+            params=params,
+            request_type=self._leg.request_type if self._leg else "context_and_generation",
+            timeout_s=self._timeout_s,
+            cache_salt=request.cache_salt,
+        )
+        if self._leg is not None and self._leg.request_type == "generation_only":
+            return self._continued(index, prompt, text, submit, self._leg.of_choice(index))
+        return Choice(index, prompt, text, submit)
+
+    def _continued(
+        self, index: int, prompt: list[int], text: ChoiceText, submit: Submit, handed: DisaggregatedParams
+    ) -> Choice:
+        """A choice whose first tokens the context leg drew: its text is brought to the same state."""
+        first = handed.first_gen_tokens
+        if not first:
+            raise InvalidRequest(
+                "disaggregated_params.first_gen_tokens is missing; a generation leg needs the token that the "
+                "context leg drew",
+                param="disaggregated_params.first_gen_tokens",
+            )
+        ended = handed.finish_reason
+        stop_token = handed.stop_reason if isinstance(handed.stop_reason, int) else None
+        text.feed(
+            TokenEvent(
+                request_id="",
+                token_ids=first,
+                logprobs=handed.first_gen_logprobs,
+                finish_reason=ended,
+                stop_token_id=stop_token,
+            )
+        )
+        cached = handed.cached_tokens or 0
+        if text.finish_reason is not None:
+            return Choice(index, prompt, text, None, cached)
+        submit = msgspec.structs.replace(submit, output_token_ids=first, ticket=handed.ticket())
+        return Choice(index, prompt, text, submit, cached)
+
+    # Events
+
+    async def _next_event(self) -> TokenEvent:
+        try:
+            return await asyncio.wait_for(self._events.get(), self._timeout_s + _GRACE_S)
+        except asyncio.TimeoutError:
+            raise DeadlineExceeded(f"no answer from the engine within {self._timeout_s:g} s") from None
+
+    def _feed(self, choice: Choice, event: TokenEvent) -> Delta:
+        if event.error is not None:
+            del self._open[event.request_id]
+            log.warning("%s: %s", self.request_id, event.error)
+            raise _error(event)
+        if event.times is not None and self._first_token_at is None:
+            self._note_first_token(event)
+        if event.num_cached_tokens is not None and choice.submit and not choice.submit.output_token_ids:
+            choice.cached_tokens = event.num_cached_tokens
+        delta = choice.text.feed(event)
+        if self.is_context_leg:
+            choice.handed_on = self._hand_on(choice, event, delta)
+        if delta.finish_reason is not None:
+            del self._open[event.request_id]
+            if event.finish_reason is None and delta.finish_reason != "not_finished":
+                # A stop string: the engine does not know it yet.
+                self._service.engine.abort(event.request_id)
+                self._release(event)
+        return delta
+
+    def _hand_on(self, choice: Choice, event: TokenEvent, delta: Delta) -> DisaggregatedParams:
+        leg = self._leg
+        assert leg is not None
+        goes_on = delta.finish_reason == "not_finished"
+        return DisaggregatedParams(
+            request_type="context_only",
+            disagg_request_id=leg.disagg_request_id,
+            response_id=self.head.id,
+            created=self.head.created,
+            ctx_request_id=event.request_id,
+            first_gen_tokens=event.token_ids,
+            first_gen_logprobs=event.logprobs,
+            encoded_opaque_state=encode_ticket(event.ticket) if goes_on and event.ticket else None,
+            ticket_id=event.ticket_id if goes_on else None,
+            cached_tokens=choice.cached_tokens,
+            finish_reason=None if goes_on else event.finish_reason,
+            stop_reason=None if goes_on else delta.stop_reason,
+        )
+
+    def _note_first_token(self, event: TokenEvent) -> None:
+        times = event.times
+        assert times is not None
+        self._first_token_at = time.monotonic()
+        self._timeline.mark_split(
+            [("queue", times.queue_s), ("fetch", times.fetch_s), ("prefill", times.prefill_s)], rest="engine_link"
+        )
+        metrics = self._service.metrics
+        metrics.time_to_first_token.observe(self._timeline.total_s)
+        metrics.queue_time.observe(times.queue_s)
+        self._service.perf.append(
+            {
+                "request_id": self.request_id,
+                "queue_s": times.queue_s,
+                "fetch_s": times.fetch_s,
+                "wire_s": times.wire_s,
+                "wire_bytes": times.wire_bytes,
+                "transport": times.transport,
+                "prefill_s": times.prefill_s,
+                "first_token_s": self._timeline.total_s,
+            }
+        )
+
+    def _release(self, event: TokenEvent) -> None:
+        if event.ticket_id is not None:
+            self._service.engine.release(event.ticket_id)
+
+
+def _error(event: TokenEvent) -> DiptychError:
+    if event.finish_reason == "timeout":
+        return DeadlineExceeded(event.error or "the request's deadline has passed")
+    return from_wire(event.error_status, {"message": event.error})

@@ -1,0 +1,195 @@
+"""The generating endpoints of a worker: whole answers, streams, and the two legs of docs/protocol.md."""
+
+import asyncio
+from contextlib import aclosing
+
+import msgspec
+import orjson
+from aiohttp import web
+
+from diptych.errors import DiptychError, InvalidRequest
+from diptych.openai import (
+    DONE,
+    ChatRequest,
+    CompletionRequest,
+    ContextAnswer,
+    Kind,
+    StreamWriter,
+    new_head,
+    new_response_id,
+    parse_chat,
+    parse_completion,
+    render_response,
+)
+from diptych.telemetry import Timeline
+from diptych.text import Delta
+from diptych.wire import SamplingParams, Submit, TokenEvent
+from diptych.worker.job import Choice, Job
+from diptych.worker.keys import SERVICE
+from diptych.worker.prompts import tokenize_prompts
+from diptych.worker.service import WorkerService
+
+_DEFAULT_TIMEOUT_S = 1800.0
+_JSON = "application/json"
+_STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
+
+
+async def complete(http: web.Request) -> web.StreamResponse:
+    return await _respond(http, "completion")
+
+
+async def chat(http: web.Request) -> web.StreamResponse:
+    return await _respond(http, "chat")
+
+
+async def tokenize(http: web.Request) -> web.Response:
+    """`{"prompt": text}` or `{"messages": [...]}` in, `{"tokens": [...], "count": n}` out."""
+    service = http.app[SERVICE]
+    service.check_ready()
+    body = await http.read()
+    request = parse_chat(body) if b'"messages"' in body else parse_completion(body)
+    (tokens, *_) = await _tokenize(service, request)
+    return web.Response(body=orjson.dumps({"tokens": tokens, "count": len(tokens)}), content_type=_JSON)
+
+
+async def probe(service: WorkerService) -> None:
+    """Draw one token of nothing in particular; raises when the engine does not."""
+    done: asyncio.Future[TokenEvent] = asyncio.get_running_loop().create_future()
+    request_id = new_response_id("completion")
+    params = SamplingParams(max_tokens=1, temperature=0.0)
+    submit = Submit(request_id=request_id, prompt_token_ids=[0], params=params)
+    service.engine.submit(submit, lambda event: None if done.done() else done.set_result(event))
+    try:
+        event = await done
+    finally:
+        service.engine.abort(request_id)
+    if event.error is not None:
+        raise DiptychError(event.error)
+
+
+async def _respond(http: web.Request, kind: Kind) -> web.StreamResponse:
+    timeline = Timeline()
+    service = http.app[SERVICE]
+    service.check_ready()
+    body = await http.read()
+    request = parse_chat(body) if kind == "chat" else parse_completion(body)
+    service.check_model(request.model)
+    prompts = await _tokenize(service, request)
+    timeline.mark("tokenize")
+    leg = request.disaggregated_params
+    head = new_head(
+        kind,
+        service.config.model_name,
+        response_id=leg.response_id if leg else None,
+        created=leg.created if leg else None,
+    )
+    request_id = http.headers.get("X-Request-ID", head.id)
+    job = Job(
+        service, request, head, prompts, timeline, request_id=request_id, timeout_s=_timeout_s(http)
+    )
+    service.open_requests += 1
+    try:
+        job.start()
+        if request.stream and not job.is_context_leg:
+            return await _stream(http, job, request, timeline)
+        return await _whole(job, request, timeline)
+    finally:
+        service.open_requests -= 1
+        job.close()
+
+
+async def _tokenize(service: WorkerService, request: CompletionRequest | ChatRequest) -> list[list[int]]:
+    return await tokenize_prompts(
+        request,
+        service.tokenizer,
+        chat_template=service.config.chat_template,
+        vocab_size=service.ready.vocab_size,
+    )
+
+
+def _timeout_s(http: web.Request) -> float:
+    given = http.headers.get("X-Diptych-Timeout-Ms")
+    if given is None:
+        return _DEFAULT_TIMEOUT_S
+    if not given.isdecimal():
+        raise InvalidRequest(f"X-Diptych-Timeout-Ms is {given!r}; it must be a whole number of milliseconds")
+    return int(given) / 1000
+
+
+def _writer(job: Job, request: CompletionRequest | ChatRequest) -> StreamWriter:
+    return StreamWriter(
+        job.head,
+        include_usage=request.include_usage,
+        continuous_usage=request.continuous_usage,
+        with_token_ids=request.return_token_ids,
+    )
+
+
+async def _whole(job: Job, request: CompletionRequest | ChatRequest, timeline: Timeline) -> web.Response:
+    """One JSON object: a whole answer, or a context leg's."""
+    writer = _writer(job, request) if job.is_context_leg and request.stream else None
+    parts: list[bytes] = [] if writer is None else [writer.role(choice.index) for choice in job.choices]
+    async with aclosing(job.deltas()) as batches:
+        async for batch in batches:
+            if writer is not None:
+                for choice, delta in batch:
+                    # The generation leg prints how a choice ends, unless it has ended already.
+                    shown = delta if delta.finish_reason != "not_finished" else _open_ended(delta)
+                    parts.append(writer.delta(choice.index, shown, job.usage()))
+    if writer is not None and job.finished:
+        parts += [writer.usage(job.usage()), DONE]
+    context = None
+    if job.is_context_leg:
+        stream_head = None if writer is None else b"".join(parts)
+        context = ContextAnswer(
+            prompt_token_ids=job.prompts, finished=job.finished, stream_head=stream_head
+        )
+    timeline.mark("decode")
+    return web.Response(
+        body=render_response(job.head, job.results(), job.usage(), context=context),
+        content_type=_JSON,
+        headers={"Server-Timing": timeline.server_timing(), "X-Request-ID": job.request_id},
+    )
+
+
+def _open_ended(delta: Delta) -> Delta:
+    return msgspec.structs.replace(delta, finish_reason=None)
+
+
+async def _stream(
+    http: web.Request, job: Job, request: CompletionRequest | ChatRequest, timeline: Timeline
+) -> web.StreamResponse:
+    writer = _writer(job, request)
+    goes_on = request.disaggregated_params is not None  # the context leg has written the roles
+    response: web.StreamResponse | None = None
+    try:
+        async with aclosing(job.deltas()) as batches:
+            async for batch in batches:
+                data = b"".join(_chunks(job, writer, batch))
+                if response is None:
+                    # Only now: an error before the first token still has its HTTP status.
+                    response = await _begin(http, job, timeline)
+                    if not goes_on:
+                        data = b"".join(writer.role(choice.index) for choice in job.choices) + data
+                if data:
+                    await response.write(data)
+    except DiptychError as error:
+        if response is None:
+            raise
+        await response.write(writer.error(error))
+        return response
+    if response is None:
+        response = await _begin(http, job, timeline)
+    await response.write(writer.usage(job.usage()) + DONE)
+    return response
+
+
+def _chunks(job: Job, writer: StreamWriter, batch: list[tuple[Choice, Delta]]) -> list[bytes]:
+    return [writer.delta(choice.index, delta, job.usage()) for choice, delta in batch]
+
+
+async def _begin(http: web.Request, job: Job, timeline: Timeline) -> web.StreamResponse:
+    headers = {"Server-Timing": timeline.server_timing(), "X-Request-ID": job.request_id}
+    response = web.StreamResponse(headers={**_STREAM_HEADERS, **headers})
+    await response.prepare(http)
+    return response
