@@ -18,6 +18,7 @@ from diptych.errors import (
     PayloadTooLarge,
     StartupError,
 )
+from diptych.router.deadline import within
 from diptych.router.downstream import Downstream
 from diptych.router.flow import Flow
 from diptych.router.frontends.openai import PATHS, parse_call, request_id_of
@@ -150,7 +151,7 @@ class _Edge:
         try:
             if request.content.is_eof():
                 return await request.read()
-            return await asyncio.wait_for(request.read(), self._timeout_s)
+            return await within(self._timeout_s, request.read())
         except web.HTTPRequestEntityTooLarge:
             raise too_large from None
         except asyncio.TimeoutError:

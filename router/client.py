@@ -8,6 +8,7 @@ from collections import deque
 
 from diptych.discovery.address import parse_address
 from diptych.errors import DeadlineExceeded, WorkerLost
+from diptych.router.deadline import within
 from diptych.router.exchange import Connection, Exchange, Reply
 from diptych.router.http1 import build_request
 from diptych.router.settings import Limits
@@ -63,13 +64,13 @@ class WorkerClient:
         if left <= 0:
             raise DeadlineExceeded(f"The deadline passed before the worker at {self.url} was asked.")
         budget = min(self.limits.connect_s, left)
+        connection = Connection(self.connections)
+        address = self._address
         try:
-            _, connection = await asyncio.wait_for(
-                loop.create_connection(
-                    lambda: Connection(self.connections), self._address.host, self._address.port
-                ),
-                budget,
-            )
+            await within(budget, loop.create_connection(lambda: connection, address.host, address.port))
+        except asyncio.CancelledError:
+            connection.abort()
+            raise
         except asyncio.TimeoutError:
             message = f"The worker at {self.url} did not accept a connection within {budget:.1f} s."
             raise WorkerLost(message) from None

@@ -12,6 +12,7 @@ from aiohttp import HttpVersion11, web
 from multidict import CIMultiDict
 
 from diptych.errors import DiptychError
+from diptych.router.deadline import within
 from diptych.router.exchange import Reply
 from diptych.router.frontends.openai import error_event
 
@@ -78,9 +79,10 @@ class Downstream:
         """End the stream; a client that does not read it to the end is cut off after `timeout_s`."""
         assert self._stream is not None
         try:
-            await asyncio.wait_for(self._stream.write_eof(), timeout_s) if self._backlog else (
+            if self._backlog:
+                await within(timeout_s, self._stream.write_eof())
+            else:
                 await self._stream.write_eof()
-            )
         except asyncio.TimeoutError:
             self._cut_off()
         return self._stream

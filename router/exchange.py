@@ -1,8 +1,8 @@
 """One request to a worker and its response, on a bare asyncio.Protocol.
 
 Leaving an exchange early closes its connection, which is how a leg is cancelled. The body is either read
-whole or relayed: then every read goes from the worker's socket to the sink inside `data_received`, and no task
-wakes. Every wait has a deadline, kept by one timer for each exchange. Knows nothing of roles, legs or JSON.
+whole or relayed: then every read goes from the worker's socket to the sink inside `data_received`, and no
+task wakes. Every wait has a deadline, kept by one timer for each exchange. Knows nothing of legs or JSON.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Protocol, cast
 
 from diptych.errors import DeadlineExceeded, DiptychError, WorkerLost
+from diptych.router.deadline import within
 from diptych.router.http1 import MAX_HEAD_BYTES, Body, Head, MalformedResponse
 from diptych.router.settings import Limits
 
@@ -176,7 +177,7 @@ class Exchange:
                 await self._wait()
                 continue
             try:
-                await asyncio.wait_for(sink.drain(), self._deadline - self._loop.time())
+                await within(self._deadline - self._loop.time(), sink.drain())
             except asyncio.TimeoutError:
                 raise self._too_late() from None
             self._resume()

@@ -15,6 +15,7 @@ from typing import Literal
 from diptych.discovery import Registry, Snapshot
 from diptych.errors import DeadlineExceeded, DiptychError
 from diptych.router.client import WorkerClient
+from diptych.router.deadline import within
 from diptych.router.probe import WorkerFacts, ask
 from diptych.router.settings import Limits
 from diptych.wire import WorkerInfo
@@ -140,7 +141,7 @@ class Pool:
         deadline = loop.time() + timeout_s
         while not condition(self):
             try:
-                await asyncio.wait_for(self._changed.wait(), deadline - loop.time())
+                await within(deadline - loop.time(), self._changed.wait())
             except asyncio.TimeoutError:
                 return condition(self)
         return True
@@ -215,7 +216,7 @@ class Pool:
         """Sleep, unless news of the worker come; a loss just found is given its first delay all the same."""
         worker.kick.clear()
         try:
-            await asyncio.wait_for(worker.kick.wait(), delay_s)
+            await within(delay_s, worker.kick.wait())
         except asyncio.TimeoutError:
             return
         if worker.facts is None:

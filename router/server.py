@@ -1,7 +1,7 @@
 """The router as a process, or as several that share one port.
 
-Each process is a whole router of its own: the kernel spreads connections over them, and they share nothing. This
-one then only starts them, replaces one that dies, and stops them.
+Each process is a whole router of its own: the kernel spreads connections over them, and they share nothing.
+This one then only starts them, replaces one that dies, and stops them.
 """
 
 import asyncio
@@ -18,12 +18,14 @@ from typing import Any, Protocol, TypeVar
 
 from diptych import logs
 from diptych.discovery import Registry
+from diptych.errors import StartupError
 from diptych.router.app import run
 from diptych.router.settings import Limits, RouterSettings
 
 _log = logging.getLogger(__name__)
 _CHECK_S = 0.25  # how often a stop is looked for
 _RESTART_S = 1.0
+_CANNOT_START = 2  # exit code
 
 
 class ServerSettings(RouterSettings, Protocol):
@@ -70,7 +72,11 @@ def _run_loop(main: Coroutine[Any, Any, None]) -> None:
 
 def _one_of_several(config: Settings, make_registry: Callable[[Settings], Registry]) -> None:
     logs.configure(config.log_level)
-    _run_loop(_route(config, make_registry, reuse_port=True))
+    try:
+        _run_loop(_route(config, make_registry, reuse_port=True))
+    except StartupError as error:
+        _log.error("%s", error.message)
+        raise SystemExit(_CANNOT_START) from None
 
 
 def _supervise(config: Settings, make_registry: Callable[[Settings], Registry]) -> None:
@@ -91,6 +97,8 @@ def _supervise(config: Settings, make_registry: Callable[[Settings], Registry]) 
         while not stopping:
             wait([process.sentinel for process in processes], timeout=_CHECK_S)
             for index, process in enumerate(processes):
+                if process.exitcode == _CANNOT_START:
+                    raise StartupError("a router process cannot start; the line above says why")
                 if process.exitcode is not None and not stopping:
                     _log.error("router process %s ended with %s", process.pid, process.exitcode)
                     time.sleep(_RESTART_S)

@@ -24,6 +24,8 @@ from diptych.transceiver.transport import Transfer, Transport, Unreachable
 
 log = logging.getLogger(__name__)
 
+_FLUSH_S = 1.0  # for telling owners, at close, which tickets are done
+
 
 @dataclass(slots=True, eq=False)
 class Fetch:
@@ -92,8 +94,11 @@ class Fetcher:
         with self._lock:
             self._closed = True
             links = list(self._links.values())
+        flush = Stop(_FLUSH_S)
         for link in links:
-            link.close()
+            link.start_closing()
+        for link in links:
+            link.close(flush)
 
     def _fetch(self, fetch: Fetch, ticket: Ticket) -> tuple[str, int, float]:
         plan = self._plan(fetch, ticket)

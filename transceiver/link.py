@@ -21,8 +21,6 @@ from diptych.transceiver.ticket import Ticket
 
 log = logging.getLogger(__name__)
 
-_FLUSH_S = 1.0
-
 
 class Link:
     def __init__(
@@ -56,13 +54,16 @@ class Link:
     def finish(self, ticket_id: str, *, complete: bool) -> bool:
         return self._post(Finish(ticket_id, complete))
 
-    def close(self) -> None:
-        """Sends what is queued, if that goes quickly."""
+    def start_closing(self) -> None:
+        """Ends when all that is queued has been sent."""
         self._closing.set()
         self._wake()
-        self._thread.join(timeout=_FLUSH_S)
+
+    def close(self, flush: Stop) -> None:
+        """Waits for that until `flush` says to stop, then drops what is left."""
+        self._thread.join(timeout=max(0.0, flush.remaining_s()))
         self._dialling.abort()
-        self._thread.join(timeout=_FLUSH_S)
+        self._thread.join(timeout=1)
 
     def _post(self, message: Begin | Finish) -> bool:
         with self._lock:

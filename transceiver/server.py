@@ -65,11 +65,14 @@ class Server:
             open_now = list(self._connections.values())
         for connection, _ in open_now:
             connection.shutdown()
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # ends the acceptor's wait
         if self._acceptor.is_alive():
             self._acceptor.join(timeout=TICK_S + 1)
         self._listener.close()
         for _, thread in open_now:
             thread.join(timeout=1)
+        self._handlers.clear()  # they hold the pool's memory
 
     def _accept_all(self) -> None:
         poll = select.poll()
@@ -81,6 +84,8 @@ class Server:
             try:
                 sock, _ = self._listener.accept()
             except OSError as error:  # out of descriptors, or the peer left the queue
+                if self._closing.is_set():
+                    return
                 log.warning("KV transport could not accept a connection: %s", error)
                 self._closing.wait(0.1)
                 continue

@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import orjson
 from aiohttp import web
@@ -82,7 +83,8 @@ async def _until_stopped(service: WorkerService) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     stopped = asyncio.ensure_future(stop.wait())
-    await asyncio.wait({stopped, service.engine.died}, return_when=asyncio.FIRST_COMPLETED)
+    waits: set[asyncio.Future[Any]] = {stopped, service.engine.died}
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     if service.engine.died.done():
         stopped.cancel()
         log.error("the engine process ended with exit code %d: stopping", service.engine.died.result())

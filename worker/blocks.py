@@ -16,9 +16,17 @@ old content can tell.
 import hashlib
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Iterable, MutableSequence, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import msgspec
+
+
+class Generations(Protocol):
+    """Integers by index: a list, or an array in shared memory."""
+
+    def __getitem__(self, index: int, /) -> Any: ...
+    def __setitem__(self, index: int, value: Any, /) -> None: ...
 
 
 class BlockCounts(msgspec.Struct, frozen=True):
@@ -40,11 +48,11 @@ class BlockPool:
         num_blocks: int,
         *,
         reuse: bool = True,
-        generations: MutableSequence[int] | None = None,
+        generations: Generations | None = None,
     ) -> None:
         """`generations`: where the generation numbers live, shared memory if peers are to see them."""
         self.num_blocks = num_blocks
-        self.generations: MutableSequence[int] = [0] * num_blocks if generations is None else generations
+        self.generations: Generations = [0] * num_blocks if generations is None else generations
         self._reuse = reuse
         self._free: deque[int] = deque(range(num_blocks))
         self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first

@@ -9,7 +9,7 @@ import os
 import secrets
 import sys
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any
 
 import msgspec
 import zmq
@@ -38,10 +38,8 @@ _SHUTDOWN_S = 5.0
 _STARTUP_SILENCE_S = 600.0
 
 
-class EventSink(Protocol):
-    """Where a sequence's events go: called on the event loop, must not block."""
-
-    def __call__(self, event: TokenEvent) -> None: ...
+# Where a sequence's events go: called on the event loop, must not block.
+EventSink = Callable[[TokenEvent], None]
 
 
 class EngineClient:
@@ -117,9 +115,8 @@ class EngineClient:
     async def _wait_ready(self, progress: Callable[[EngineProgress], None]) -> EngineReady:
         while True:
             receive = asyncio.ensure_future(self._socket.recv())
-            await asyncio.wait(
-                {receive, self.died}, timeout=_STARTUP_SILENCE_S, return_when=asyncio.FIRST_COMPLETED
-            )
+            waits: set[asyncio.Future[Any]] = {receive, self.died}
+            await asyncio.wait(waits, timeout=_STARTUP_SILENCE_S, return_when=asyncio.FIRST_COMPLETED)
             if not receive.done():
                 receive.cancel()
                 if self.died.done():

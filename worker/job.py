@@ -4,7 +4,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 import msgspec
@@ -94,7 +94,7 @@ class Job:
                 self._open[choice.submit.request_id] = choice
                 self._service.engine.submit(choice.submit, self._events.put_nowait)
 
-    async def deltas(self) -> AsyncIterator[list[tuple[Choice, Delta]]]:
+    async def deltas(self) -> AsyncGenerator[list[tuple[Choice, Delta]], None]:
         """What each engine step brings, until every choice is done. Raises the first error of any choice."""
         while self._open:
             events = [await self._next_event()]

@@ -39,7 +39,7 @@ class EngineLink:
 
     def receive(self, timeout_s: float) -> Iterator[ToEngine]:
         """The messages that are there, after waiting at most `timeout_s` for the first or for `wake`."""
-        ready = dict(self._poller.poll(timeout_s * 1000))
+        ready = dict(self._poller.poll(round(timeout_s * 1000)))
         if self._wake_fd in ready:
             os.eventfd_read(self._wake_fd)
         if self._socket not in ready:

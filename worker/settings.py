@@ -1,5 +1,7 @@
 """What an engine process is told at its start, resolved: no "auto" is left except the number of KV blocks."""
 
+from typing import Literal
+
 import msgspec
 
 from diptych.worker.scheduler import CapacityPolicy
@@ -10,7 +12,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     incarnation: str
     device: str = "cpu"
     load_format: str = "auto"  # "dummy": random weights
-    kernel: str = "auto"
+    kernel: Literal["auto", "torch", "fused"] = "auto"
     num_threads: int = 1
     tokens_per_block: int = 32
     max_kv_tokens: int | None = None  # None: as many as fit the memory fraction

@@ -30,7 +30,7 @@ class TokenBytes(dict[int, bytes]):
         super().__init__()
         steps = _steps(backend)
         self._text_of: Callable[[int], str | None] = backend.id_to_token
-        self._added = {i: token.content.encode() for i, token in backend.get_added_tokens_decoder().items()}
+        self._added = frozenset(backend.get_added_tokens_decoder())
         self._hidden = hidden
         self._alphabet = _byte_level_alphabet() if "ByteLevel" in steps else None
         self._replace = _replacements(steps)
@@ -43,19 +43,23 @@ class TokenBytes(dict[int, bytes]):
         return value
 
     def _bytes(self, token_id: int) -> bytes:
-        if token_id in self._added:
-            return self._added[token_id]
         text = self._text_of(token_id) if token_id >= 0 else None
         if text is None:
             return b""
         if self._alphabet is not None:
-            mapped = [self._alphabet.get(ord(char)) for char in text]
-            return text.encode() if None in mapped else bytes(byte for byte in mapped if byte is not None)
+            return self._from_alphabet(text) if token_id not in self._added else text.encode()
         if self._byte_tokens and (match := _BYTE_TOKEN.fullmatch(text)):
             return bytes.fromhex(match[1])
         for old, new in self._replace:
             text = text.replace(old, new)
         return text.encode()
+
+    def _from_alphabet(self, text: str) -> bytes:
+        assert self._alphabet is not None
+        try:
+            return bytes([self._alphabet[ord(char)] for char in text])
+        except KeyError:  # a token that was added as it is written
+            return text.encode()
 
 
 def _steps(backend: Backend) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """A worker without an engine: speaks docs/protocol.md with scripted tokens, gates and failures.
 
-Runs on a real loopback socket inside the test's loop. Every request's fate is recorded, so that a test can wait
-for what it expects instead of sleeping.
+Runs on a real loopback socket inside the test's loop. Every request's fate is recorded, so that a test can
+wait for what it expects instead of sleeping.
 """
 
 import asyncio
@@ -54,7 +54,6 @@ class FakeWorker:
         self.released: list[str] = []
         self.url = ""
         self.port = 0
-        self.connections: set[asyncio.BaseTransport] = set()
         self.has_server_info = True
         self._changed = asyncio.Condition()
         self._runner: web.AppRunner | None = None
