@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import random
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -109,10 +110,12 @@ class _Edge:
         self._metrics = metrics
         self._timeout_s = config.request_timeout_s
         self._max_body_bytes = config.max_body_bytes
+        self._random = random.Random()  # seeded by the system; ids are unique, not secret
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
-        arrived = asyncio.get_running_loop().time()
-        request_id = request_id_of(request.headers)
+        arrived = time.monotonic()
+        unique_id = f"{self._random.getrandbits(128):032x}"
+        request_id = request_id_of(request.headers) or unique_id
         client = Downstream(request, {"X-Request-ID": request_id})
         metrics = self._metrics
         metrics.requests.inc()
@@ -122,6 +125,7 @@ class _Edge:
                 request.headers,
                 await self._read_body(request),
                 request_id=request_id,
+                unique_id=unique_id,
                 arrived=arrived,
                 timeout_s=self._timeout_s,
             )
@@ -141,24 +145,23 @@ class _Edge:
             _log.exception("request %s: a fault of the router", request_id)
             response = await client.fail(DiptychError("The router failed; its log has the details."), 1.0)
         (metrics.http_errors if client.failed else metrics.responses).inc()
-        _log.debug("request %s: %d, %.4f s", request_id, response.status, self._since(arrived))
+        _log.debug("request %s: %d, %.4f s", request_id, response.status, time.monotonic() - arrived)
         return response
 
     async def _read_body(self, request: web.Request) -> bytes:
-        too_large = PayloadTooLarge(f"The request body is over the limit of {self._max_body_bytes} bytes.")
         if (request.content_length or 0) > self._max_body_bytes:
-            raise too_large
+            raise self._too_large()
         try:
             if request.content.is_eof():
                 return await request.read()
             return await within(self._timeout_s, request.read())
         except web.HTTPRequestEntityTooLarge:
-            raise too_large from None
+            raise self._too_large() from None
         except asyncio.TimeoutError:
             raise DeadlineExceeded(f"The request body did not arrive within {self._timeout_s:g} s.") from None
 
-    def _since(self, arrived: float) -> float:
-        return asyncio.get_running_loop().time() - arrived
+    def _too_large(self) -> PayloadTooLarge:
+        return PayloadTooLarge(f"The request body is over the limit of {self._max_body_bytes} bytes.")
 
 
 @web.middleware

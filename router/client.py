@@ -4,6 +4,7 @@ Knows nothing of roles, legs or JSON; what happens on a connection is in exchang
 """
 
 import asyncio
+import time
 from collections import deque
 
 from diptych.discovery.address import parse_address
@@ -21,6 +22,8 @@ class WorkerClient:
         self._address = parse_address(url)
         self.url = self._address.url
         self.limits = limits
+        # Kept here because asking for it costs a system call each time before Python 3.12.
+        self.loop = asyncio.get_running_loop()
         self.connections: set[Connection] = set()
         self._idle: deque[Connection] = deque()
         self._closed = False
@@ -28,7 +31,7 @@ class WorkerClient:
     def exchange(
         self, method: str, path: str, *, deadline: float, headers: bytes = b"", body: bytes = b""
     ) -> Exchange:
-        """`deadline` is the loop's time at which the exchange fails, wherever it is then."""
+        """`deadline` is the monotonic time at which the exchange fails, wherever it is then."""
         return Exchange(self, build_request(method, path, self._address.netloc, headers, body), deadline)
 
     async def request(
@@ -38,7 +41,7 @@ class WorkerClient:
             return Reply(exchange.head, await exchange.read())
 
     def take_idle(self) -> Connection | None:
-        oldest = asyncio.get_running_loop().time() - self.limits.keep_alive_s
+        oldest = time.monotonic() - self.limits.keep_alive_s
         while self._idle:
             connection = self._idle.pop()
             if connection.transport is None or connection.transport.is_closing():
@@ -52,22 +55,21 @@ class WorkerClient:
         if self._closed or not reusable:
             connection.abort()
             return
-        connection.idle_since = asyncio.get_running_loop().time()
+        connection.idle_since = time.monotonic()
         self._idle.append(connection)
         oldest = connection.idle_since - self.limits.keep_alive_s
         while self._idle[0].idle_since < oldest:  # never used again: the newest are taken first
             self._idle.popleft().abort()
 
     async def connect(self, deadline: float) -> Connection:
-        loop = asyncio.get_running_loop()
-        left = deadline - loop.time()
+        left = deadline - time.monotonic()
         if left <= 0:
             raise DeadlineExceeded(f"The deadline passed before the worker at {self.url} was asked.")
         budget = min(self.limits.connect_s, left)
         connection = Connection(self.connections)
         address = self._address
         try:
-            await within(budget, loop.create_connection(lambda: connection, address.host, address.port))
+            await within(budget, self.loop.create_connection(lambda: connection, address.host, address.port))
         except asyncio.CancelledError:
             connection.abort()
             raise

@@ -6,6 +6,7 @@ task wakes. Every wait has a deadline, kept by one timer for each exchange. Know
 """
 
 import asyncio
+import time
 from types import TracebackType
 from typing import Protocol, cast
 
@@ -42,6 +43,8 @@ class Connections(Protocol):
     def url(self) -> str: ...
     @property
     def limits(self) -> Limits: ...
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop: ...
 
     def take_idle(self) -> "Connection | None":
         """A kept connection, which the worker may have closed meanwhile."""
@@ -120,7 +123,7 @@ class Exchange:
         self._client = client
         self._message = message
         self._deadline = deadline
-        self._loop = asyncio.get_running_loop()
+        self._loop = client.loop
         self._connection: Connection | None = None
         self._reused = False
         self._partial_head = b""
@@ -177,7 +180,7 @@ class Exchange:
                 await self._wait()
                 continue
             try:
-                await within(self._deadline - self._loop.time(), sink.drain())
+                await within(self._deadline - time.monotonic(), sink.drain())
             except asyncio.TimeoutError:
                 raise self._too_late() from None
             self._resume()
@@ -200,7 +203,7 @@ class Exchange:
             raise WorkerLost(f"The worker at {self._client.url} closed the connection at once.")
         self._connection, self._reused = connection, reused
         connection.exchange = self
-        self._arm_timer(self._loop.time() + self._client.limits.idle_s)
+        self._arm_timer(time.monotonic() + self._client.limits.idle_s)
         connection.transport.write(self._message)
 
     async def _wait_for_head(self) -> None:
@@ -224,7 +227,7 @@ class Exchange:
 
     def feed(self, data: bytes) -> None:
         """Called by the connection with each read."""
-        self._last_read = self._loop.time()
+        self._last_read = time.monotonic()
         try:
             if self._body is None:
                 data = self._read_head(data)
@@ -279,15 +282,17 @@ class Exchange:
 
     def _resume(self) -> None:
         self._paused = False
-        self._last_read = self._loop.time()
+        self._last_read = time.monotonic()
         if self._connection is not None and self._connection.transport is not None:
             self._connection.transport.resume_reading()
 
     def _arm_timer(self, due: float) -> None:
-        self._timer = self._loop.call_at(min(due, self._deadline), self._check_time)
+        # By delay: uvloop's own clock is the monotonic one as well, but in whole milliseconds.
+        delay_s = min(due, self._deadline) - time.monotonic()
+        self._timer = self._loop.call_later(max(0.0, delay_s), self._check_time)
 
     def _check_time(self) -> None:
-        now = self._loop.time()
+        now = time.monotonic()
         idle_s = self._client.limits.idle_s
         if now >= self._deadline:
             self._fail(self._too_late())

@@ -11,6 +11,7 @@ Cancellation (the client went away) closes the connection of the leg that runs, 
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -84,9 +85,8 @@ class Flow:
                 return client.answer(HTTPStatus.OK, client_answer(context.body))
             model = call.model or next(iter(context.worker.models), None)  # both legs: one model
             workers = self._workers(model, "GENERATION", "CONTEXT")
-            nobody = Unavailable("No worker is ready to generate.", retry_after_s=self._limits.probe_retry_s)
             body = call.generation_body(context.prefill)
-            response = await self._final_leg(call, client, body, workers, nobody)
+            response = await self._final_leg(call, client, body, workers, None)
             handed_over = not client.failed
             return response
         finally:
@@ -95,10 +95,10 @@ class Flow:
 
     async def _context_leg(self, call: Call, client: Downstream) -> ContextResult | Reply:
         """Raises Unavailable when no worker could be had. A Reply is a worker's error, for the client."""
-        failure = Unavailable("No context worker is ready.", retry_after_s=self._limits.probe_retry_s)
+        failure: Unavailable | None = None
         body = call.context_body()
         metrics = self._metrics.context
-        started = asyncio.get_running_loop().time()
+        started = time.monotonic()
         self._metrics.queue_latency.observe(started - call.arrived)
         client.add_timing(f"router_queue;dur={(started - call.arrived) * 1000:.2f}")
         for attempt, worker in enumerate(self._workers(call.model, "CONTEXT")):
@@ -111,7 +111,7 @@ class Flow:
                 failure = self._lost("context", call, worker, error)
                 continue
             if reply.status == HTTPStatus.OK:
-                elapsed_s = asyncio.get_running_loop().time() - started
+                elapsed_s = time.monotonic() - started
                 metrics.completed.inc()
                 metrics.first_token.observe(elapsed_s)
                 metrics.complete.observe(elapsed_s)
@@ -123,7 +123,7 @@ class Flow:
                 return reply
             failure = _unavailable(worker, reply)
             _log.info("request %s: context worker %s answers 503", call.request_id, worker.worker_id)
-        raise failure
+        raise failure or self._nobody("context")
 
     async def _final_leg(
         self,
@@ -131,19 +131,19 @@ class Flow:
         client: Downstream,
         body: bytes,
         workers: Iterator[WorkerView],
-        failure: DiptychError | Reply,
+        failure: DiptychError | Reply | None,
     ) -> web.StreamResponse:
-        """The leg that the client's answer comes from. Without workers it gets `failure`."""
+        """The leg that the client's answer comes from. `failure`: what it gets when there are no workers."""
         metrics = self._metrics.generation
         for attempt, worker in enumerate(workers):
             _count_attempt(metrics, attempt)
-            started = asyncio.get_running_loop().time()
+            started = time.monotonic()
             try:
                 with worker:
                     async with self._post(worker, call, body) as exchange:
                         if exchange.status == HTTPStatus.OK and call.stream:
                             first = await exchange.first()
-                            metrics.first_token.observe(asyncio.get_running_loop().time() - started)
+                            metrics.first_token.observe(time.monotonic() - started)
                             response = await self._relay(call, client, worker, exchange, first)
                             return self._ended(client, started, response)
                         reply = Reply(exchange.head, await exchange.read())
@@ -167,7 +167,7 @@ class Flow:
             return self._ended(client, started, client.pass_on(reply))
         if isinstance(failure, Reply):
             return await client.refuse(failure, _left(call))
-        return await client.fail(failure, _left(call))
+        return await client.fail(failure or self._nobody("generation"), _left(call))
 
     async def _relay(
         self, call: Call, client: Downstream, worker: WorkerView, exchange: Exchange, first: bytes
@@ -189,7 +189,7 @@ class Flow:
         return await client.finish(_left(call))
 
     def _post(self, worker: WorkerView, call: Call, body: bytes) -> Exchange:
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         return worker.client.exchange(
             "POST", call.path, deadline=call.deadline, headers=call.headers(now), body=body
         )
@@ -215,6 +215,9 @@ class Flow:
             listed = ", ".join(repr(name) for name in names)
             raise ModelNotFound(f"The model {model!r} does not exist; there is: {listed}.", param="model")
 
+    def _nobody(self, leg: str) -> Unavailable:
+        return Unavailable(f"No {leg} worker is ready.", retry_after_s=self._limits.probe_retry_s)
+
     def _lost(self, leg: str, call: Call, worker: WorkerView, error: DiptychError) -> WorkerLost:
         """Note a failed leg. Only a lost worker leaves time to try another: other errors go on."""
         (self._metrics.context if leg == "context" else self._metrics.generation).errors.inc()
@@ -226,7 +229,7 @@ class Flow:
 
     def _ended(self, client: Downstream, started: float, response: web.StreamResponse) -> web.StreamResponse:
         metrics = self._metrics.generation
-        metrics.complete.observe(asyncio.get_running_loop().time() - started)
+        metrics.complete.observe(time.monotonic() - started)
         (metrics.errors if client.failed else metrics.completed).inc()
         return response
 
@@ -241,7 +244,7 @@ class Flow:
             ticket_ids = context.prefill.ticket_ids()
             if not ticket_ids:
                 return
-            now = asyncio.get_running_loop().time()
+            now = time.monotonic()
             reply = await context.worker.client.request(
                 "POST",
                 "/kv/release",
@@ -258,7 +261,7 @@ class Flow:
 
 def _left(call: Call) -> float:
     """Seconds for the last bytes to reach the client: a little even when the deadline is what ended it."""
-    return max(1.0, call.deadline - asyncio.get_running_loop().time())
+    return max(1.0, call.deadline - time.monotonic())
 
 
 def _count_attempt(metrics: LegMetrics, attempt: int) -> None:

@@ -8,6 +8,7 @@ Knows nothing of requests beyond how many are in flight.
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Literal
@@ -137,11 +138,10 @@ class Pool:
 
     async def wait_until(self, condition: Callable[["Pool"], bool], timeout_s: float) -> bool:
         """True as soon as the condition holds, False when it does not in time."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout_s
+        deadline = time.monotonic() + timeout_s
         while not condition(self):
             try:
-                await within(deadline - loop.time(), self._changed.wait())
+                await within(deadline - time.monotonic(), self._changed.wait())
             except asyncio.TimeoutError:
                 return condition(self)
         return True
@@ -223,7 +223,7 @@ class Pool:
             await asyncio.sleep(self._limits.probe_retry_s * self._rng.uniform(0.8, 1.2))
 
     async def _probe(self, worker: WorkerView) -> None:
-        deadline = asyncio.get_running_loop().time() + self._limits.probe_s
+        deadline = time.monotonic() + self._limits.probe_s
         before = worker.state
         try:
             facts: WorkerFacts | None = await ask(worker.client, deadline)

@@ -85,6 +85,12 @@ class Job:
         return self._leg is not None and self._leg.request_type == "context_only"
 
     @property
+    def stage_prefix(self) -> str:
+        """What tells the stages of the two legs apart in one Server-Timing header."""
+        prefixes = {"context_only": "ctx_", "generation_only": "gen_"}
+        return prefixes.get(self._leg.request_type, "") if self._leg else ""
+
+    @property
     def finished(self) -> bool:
         return all(choice.is_done and choice.text.finish_reason != "not_finished" for choice in self.choices)
 

@@ -148,7 +148,7 @@ async def _whole(job: Job, request: CompletionRequest | ChatRequest, timeline: T
     return web.Response(
         body=render_response(job.head, job.results(), job.usage(), context=context),
         content_type=_JSON,
-        headers={"Server-Timing": timeline.server_timing(), "X-Request-ID": job.request_id},
+        headers=_headers(job, timeline),
     )
 
 
@@ -189,7 +189,10 @@ def _chunks(job: Job, writer: StreamWriter, batch: list[tuple[Choice, Delta]]) -
 
 
 async def _begin(http: web.Request, job: Job, timeline: Timeline) -> web.StreamResponse:
-    headers = {"Server-Timing": timeline.server_timing(), "X-Request-ID": job.request_id}
-    response = web.StreamResponse(headers={**_STREAM_HEADERS, **headers})
+    response = web.StreamResponse(headers={**_STREAM_HEADERS, **_headers(job, timeline)})
     await response.prepare(http)
     return response
+
+
+def _headers(job: Job, timeline: Timeline) -> dict[str, str]:
+    return {"Server-Timing": timeline.server_timing(job.stage_prefix), "X-Request-ID": job.request_id}

@@ -7,11 +7,10 @@ starts, and no port can be lost between choosing and binding it.
 import asyncio
 import contextlib
 import dataclasses
-import signal
 import socket
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,6 @@ from diptych.listen import open_listener
 
 _NAME = "up"
 _GRACE_S = 10.0
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-WhenReady = Callable[["Supervisor"], Awaitable[int | None]]
 
 
 class ChildDied(Exception):
@@ -61,6 +57,8 @@ class Supervisor:
         self._log_level = log_level
         self._workers: list[Child] = []
         self._router: Child | None = None
+        self._router_listener: socket.socket | None = None
+        self._folder = Path()
         self._files = contextlib.ExitStack()
 
     async def __aenter__(self) -> "Supervisor":
@@ -75,25 +73,15 @@ class Supervisor:
         await self.stop()
 
     async def wait_ready(self) -> None:
-        """Until every health check is 200; ChildDied when a process ends, StartupError at the deadline."""
+        """Until every health check is 200; ChildDied when a process ends, StartupError at the deadline.
+
+        The router comes last: it then finds its workers ready at its first look.
+        """
         began = time.monotonic()
-        targets = dict(self.worker_urls)
-        if self.url is not None:
-            targets["router"] = self.url
-        checks = [asyncio.create_task(self._check(name, url)) for name, url in targets.items()]
-        death = asyncio.create_task(self._first_death())
-        try:
-            pending: set[asyncio.Task[Any]] = {death, *checks}
-            while death in pending and len(pending) > 1:
-                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                if death in done:
-                    raise ChildDied(death.result())
-                for check in done:
-                    await check  # raises what it found
-        finally:
-            for task in (death, *checks):
-                task.cancel()
-            await asyncio.gather(death, *checks, return_exceptions=True)
+        await self._wait_healthy(self.worker_urls)
+        if self._router_listener is not None:
+            url = await self._start_router(self._router_listener)
+            await self._wait_healthy({"router": url})
         self.say(f"ready after {time.monotonic() - began:.1f} s" + (f": {self.url}" if self.url else ""))
 
     async def watch(self) -> None:
@@ -118,21 +106,19 @@ class Supervisor:
         return [*self._workers, *([self._router] if self._router else [])]
 
     async def _start(self) -> None:
-        folder = Path(self._files.enter_context(tempfile.TemporaryDirectory(prefix="diptych-up-")))
+        self._folder = Path(self._files.enter_context(tempfile.TemporaryDirectory(prefix="diptych-up-")))
+        if self._with_router:
+            listener = open_listener(self.config.hostname, self.config.port)
+            self._router_listener = self._files.enter_context(listener)
         with contextlib.ExitStack() as sockets:
-            router = None
-            if self._with_router:
-                router = sockets.enter_context(open_listener(self.config.hostname, self.config.port))
             listeners = [sockets.enter_context(open_listener(m.host, m.port)) for m in self.members]
             for member, listener in zip(self.members, listeners, strict=True):
-                self._workers.append(await self._start_worker(member, listener, folder))
-            if router is not None:
-                self._router = await self._start_router(router, folder)
+                self._workers.append(await self._start_worker(member, listener))
 
-    async def _start_worker(self, member: Member, listener: socket.socket, folder: Path) -> Child:
+    async def _start_worker(self, member: Member, listener: socket.socket) -> Child:
         port = listener.getsockname()[1]
         self.worker_urls[member.name] = f"http://{_authority(member.host, port)}"
-        file = folder / f"{member.name}.yaml"
+        file = self._folder / f"{member.name}.yaml"
         file.write_text(yaml.safe_dump(_plain(member.options)), encoding="utf-8")
         arguments = [
             *("serve", member.model, "--host", member.host, "--port", str(port)),
@@ -142,16 +128,18 @@ class Supervisor:
         self.say(f"starting {member.name} on {_authority(member.host, port)}")
         return await self._start_child(member.name, arguments, listener)
 
-    async def _start_router(self, listener: socket.socket, folder: Path) -> Child:
+    async def _start_router(self, listener: socket.socket) -> str:
         port = listener.getsockname()[1]
         host = "localhost" if self.config.hostname in ("0.0.0.0", "::") else self.config.hostname
         self.url = f"http://{_authority(host, port)}"
-        file = folder / "router.yaml"
+        file = self._folder / "router.yaml"
         file.write_text(yaml.safe_dump(self._router_settings(port)), encoding="utf-8")
         arguments = ["disaggregated", "-c", str(file), "--listen_fd", str(listener.fileno())]
         arguments += ["--log_level", self._log_level]
         self.say(f"starting router on {_authority(self.config.hostname, port)}")
-        return await self._start_child("router", arguments, listener)
+        self._router = await self._start_child("router", arguments, listener)
+        listener.close()  # the process has its own copy
+        return self.url
 
     async def _start_child(self, name: str, arguments: Sequence[str], listener: socket.socket) -> Child:
         fds = [listener.fileno()]
@@ -175,6 +163,22 @@ class Supervisor:
             settings[key] = {"urls": urls, "router": router}
         return settings
 
+    async def _wait_healthy(self, urls: Mapping[str, str]) -> None:
+        checks = [asyncio.create_task(self._check(name, url)) for name, url in urls.items()]
+        death = asyncio.create_task(self._first_death())
+        try:
+            pending: set[asyncio.Task[Any]] = {death, *checks}
+            while death in pending and len(pending) > 1:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                if death in done:
+                    raise ChildDied(death.result())
+                for check in done:
+                    await check  # raises what it found
+        finally:
+            for task in (death, *checks):
+                task.cancel()
+            await asyncio.gather(death, *checks, return_exceptions=True)
+
     async def _check(self, name: str, url: str) -> None:
         timeout_s = self.config.server_start_timeout_s
 
@@ -195,88 +199,6 @@ class Supervisor:
         child = children[done.pop()]
         await child.drain(timeout_s=1.0)
         return child
-
-
-def run(
-    config: DisaggConfig,
-    *,
-    with_router: bool = True,
-    log_level: str = "info",
-    when_ready: WhenReady | None = None,
-) -> int:
-    """Until Ctrl-C (0) or until a process dies (1). `when_ready` may end it with its own exit code."""
-    supervisor = Supervisor(config, with_router=with_router, log_level=log_level)
-    return asyncio.run(supervise(supervisor, when_ready))
-
-
-async def supervise(supervisor: Supervisor, when_ready: WhenReady | None = None) -> int:
-    loop = asyncio.get_running_loop()
-    work = asyncio.create_task(_work(supervisor, when_ready))
-    signals = 0
-
-    def on_signal() -> None:
-        nonlocal signals
-        signals += 1
-        if signals == 1:
-            supervisor.say("stopping")
-            work.cancel()
-        else:
-            supervisor.kill()
-
-    for number in _STOP_SIGNALS:
-        loop.add_signal_handler(number, on_signal)
-    try:
-        return await work
-    except asyncio.CancelledError:
-        return 0
-    finally:
-        for number in _STOP_SIGNALS:
-            loop.remove_signal_handler(number)
-
-
-async def _work(supervisor: Supervisor, when_ready: WhenReady | None) -> int:
-    async with supervisor:
-        try:
-            await supervisor.wait_ready()
-            if when_ready is None:
-                supervisor.say("press Ctrl-C to stop")
-                await supervisor.watch()
-            else:
-                return await _until_death(supervisor, when_ready)
-        except ChildDied as death:
-            _report(supervisor, death.child)
-            return 1
-    return 0
-
-
-async def _until_death(supervisor: Supervisor, when_ready: WhenReady) -> int:
-    """Runs `when_ready`, and when that leaves no exit code, goes on until a process dies."""
-    watch = asyncio.create_task(supervisor.watch())
-    ready = asyncio.ensure_future(when_ready(supervisor))
-    try:
-        await asyncio.wait({watch, ready}, return_when=asyncio.FIRST_COMPLETED)
-        if not watch.done():
-            code = await ready
-            if code is not None:
-                return code
-        await watch
-    finally:
-        for task in (watch, ready):
-            task.cancel()
-        await asyncio.gather(watch, ready, return_exceptions=True)
-    raise AssertionError("watch() returns only by raising")
-
-
-def _report(supervisor: Supervisor, child: Child) -> None:
-    code = child.returncode
-    how = (
-        f"was killed by {signal.Signals(-code).name}"
-        if code is not None and code < 0
-        else f"exited with code {code}"
-    )
-    supervisor.say(f"{child.name} {how}; stopping everything. Its last lines:")
-    for line in list(child.last_lines):
-        supervisor.say(f"    {line}")
 
 
 def _authority(host: str, port: int) -> str:

@@ -5,7 +5,6 @@ is spliced in before the closing brace. Prompts, texts and tickets are never dec
 """
 
 import re
-import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,15 +33,15 @@ class _Body(msgspec.Struct):
 class Call:
     """One request of a client."""
 
-    request_id: str
+    request_id: str  # the client's, if it gave one: it need not be unique
+    unique_id: str
     path: str
     body: bytes
     model: str | None
     stream: bool
-    response_id: str
     created: int
-    arrived: float  # loop time
-    deadline: float  # loop time
+    arrived: float  # monotonic
+    deadline: float  # monotonic
     traceparent: str | None
 
     def headers(self, now: float) -> bytes:
@@ -70,14 +69,21 @@ class Call:
     def _params(self, request_type: str) -> dict[str, Any]:
         return {
             "request_type": request_type,
-            "disagg_request_id": self.request_id,
-            "response_id": self.response_id,
+            "disagg_request_id": self.unique_id,
+            "response_id": _RESPONSE_ID_PREFIX[self.path] + self.unique_id,
             "created": self.created,
         }
 
 
 def parse_call(
-    path: str, headers: Mapping[str, str], body: bytes, *, request_id: str, arrived: float, timeout_s: float
+    path: str,
+    headers: Mapping[str, str],
+    body: bytes,
+    *,
+    request_id: str,
+    unique_id: str,
+    arrived: float,
+    timeout_s: float,
 ) -> Call:
     try:
         fields = msgspec.json.decode(body, type=_Body)
@@ -90,11 +96,11 @@ def parse_call(
         traceparent = None
     return Call(
         request_id=request_id,
+        unique_id=unique_id,
         path=path,
         body=body,
         model=fields.model if isinstance(fields.model, str) else None,
         stream=fields.stream is True,
-        response_id=_RESPONSE_ID_PREFIX[path] + secrets.token_hex(16),
         created=int(time.time()),
         arrived=arrived,
         deadline=arrived + timeout_s,
@@ -102,10 +108,10 @@ def parse_call(
     )
 
 
-def request_id_of(headers: Mapping[str, str]) -> str:
-    """The client's X-Request-ID when it is one that can be printed, or a new one."""
+def request_id_of(headers: Mapping[str, str]) -> str | None:
+    """The client's X-Request-ID, when it is one that can be printed."""
     given = headers.get("X-Request-ID")
-    return given if given is not None and _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+    return given if given is not None and _REQUEST_ID.fullmatch(given) else None
 
 
 class PrefillChoice(msgspec.Struct):

@@ -169,7 +169,7 @@ async def test_slow_request_body_has_a_deadline(start_router: StartRouter, conte
 
 
 def call(body: bytes):
-    return parse_call("/v1/completions", {}, body, request_id="r", arrived=0.0, timeout_s=1.0)
+    return parse_call("/v1/completions", {}, body, request_id="r", unique_id="u", arrived=0.0, timeout_s=1.0)
 
 
 @pytest.mark.parametrize(

@@ -60,8 +60,7 @@ async def test_what_each_leg_is_told(start_router: StartRouter, context, generat
     assert first.raw.startswith(raw.strip()[:-1])
     params = first.body["disaggregated_params"]
     assert params["request_type"] == "context_only"
-    assert params["disagg_request_id"] == request_id
-    assert params["response_id"].startswith("cmpl-")
+    assert params["response_id"] == "cmpl-" + params["disagg_request_id"]
     assert answer["id"] == params["response_id"]
     told = second.body["disaggregated_params"]
     assert told["request_type"] == "generation_only"

@@ -18,8 +18,8 @@ import yaml
 from diptych.config.disagg import disagg_config
 from diptych.errors import StartupError
 from diptych.launcher import Supervisor
+from diptych.launcher.command import supervise
 from diptych.launcher.console import Console
-from diptych.launcher.supervisor import supervise
 from diptych.listen import open_listener
 
 FAKE = Path(__file__).parents[2] / "fakes" / "fake_member.py"
@@ -175,7 +175,7 @@ async def test_children_die_when_the_launcher_is_killed(folder: Path):
             "-c",
             "import sys; from diptych.config.disagg import disagg_config\n"
             "import asyncio; from diptych.launcher import Supervisor\n"
-            "from diptych.launcher.supervisor import supervise\n"
+            "from diptych.launcher.command import supervise\n"
             "data = {'model': 'm', 'port': 0, 'context_servers': {}, 'generation_servers': {}}\n"
             "box = Supervisor(disagg_config(data, source='f'), command=(sys.executable, sys.argv[1]))\n"
             "asyncio.run(supervise(box))\n",

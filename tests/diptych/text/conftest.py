@@ -1,12 +1,13 @@
 """Tokenizers for the text tests: a tiny byte-level one, a tiny SentencePiece one, and the small real model's."""
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 import orjson
 import pytest
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from diptych.text import Tokenizer
@@ -15,12 +16,16 @@ TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + eos_token }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-CORPUS = ["the cat sat on the mat", "hello hello world", "naïve café 日本語 日本", "👩 family", "Stop! stop stopping"]
+CORPUS = [
+    "the cat sat on the mat",
+    "hello hello world",
+    "naïve café 日本語 日本",
+    "👩 family",
+    "Stop! stop stopping",
+]
 
 
 def byte_level_backend() -> Backend:
-    from tokenizers import trainers
-
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -48,7 +53,26 @@ def write_directory(path: Path, backend: Backend, **config: object) -> Path:
 
 
 PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-WORDS = ["▁", "h", "e", "l", "o", "w", "r", "d", "he", "ll", "llo", "hello", "▁hello", "or", "ld", "▁w", "▁wor", "▁world"]
+WORDS = [
+    "▁",
+    "h",
+    "e",
+    "l",
+    "o",
+    "w",
+    "r",
+    "d",
+    "he",
+    "ll",
+    "llo",
+    "hello",
+    "▁hello",
+    "or",
+    "ld",
+    "▁w",
+    "▁wor",
+    "▁world",
+]
 
 
 def write_sentencepiece(path: Path, *, add_space_prefix: bool | None = None) -> Path:
@@ -64,10 +88,15 @@ def write_sentencepiece(path: Path, *, add_space_prefix: bool | None = None) -> 
     writer.add_unk_token_id(0)
     if add_space_prefix is not None:
         writer.add_add_space_prefix(add_space_prefix)
+    return finish(writer)
+
+
+def finish(writer: gguf.GGUFWriter) -> Path:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
     writer.close()
-    return path
+    return Path(writer.path)
 
 
 @pytest.fixture(scope="session")
@@ -96,3 +125,38 @@ def small_gguf() -> Path:
 @pytest.fixture(scope="session")
 def small(small_gguf: Path) -> Tokenizer:
     return Tokenizer.load(small_gguf)
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Writes the SentencePiece vocabulary as a GGUF file; keywords as in write_sentencepiece."""
+
+    def write(**settings: bool) -> Path:
+        return write_sentencepiece(tmp_path_factory.mktemp("spm") / "model.gguf", **settings)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def byte_level_file(tmp_path_factory: pytest.TempPathFactory, tiny_directory: Path) -> Callable[..., Path]:
+    """Writes the byte-level vocabulary as a GGUF file whose `pre` and other keys are given."""
+    model = orjson.loads((tiny_directory / "tokenizer.json").read_bytes())["model"]
+
+    def write(pre: str, *, template: str | None = None, **flags: bool) -> Path:
+        tokens = [*model["vocab"], "<user>"]
+        kinds = [3, 3] + [1] * (len(tokens) - 3) + [4]
+        writer = gguf.GGUFWriter(tmp_path_factory.mktemp("bpe") / "model.gguf", "llama")
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list(tokens)
+        writer.add_token_types(kinds)
+        writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
+        writer.add_bos_token_id(0)
+        writer.add_eos_token_id(1)
+        for name, value in flags.items():
+            writer.add_bool(f"tokenizer.ggml.{name}", value)
+        if template is not None:
+            writer.add_chat_template(template)
+        return finish(writer)
+
+    return write

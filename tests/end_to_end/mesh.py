@@ -1,0 +1,160 @@
+"""Real processes for the tests: workers and routers as a user starts them, on free ports of the loopback."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+import yaml
+
+START_S = 120.0
+MODEL = "smollm2-135m-instruct"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def get(url: str, timeout_s: float = 5.0) -> Any:
+    """The JSON (or text) at `url`; None when it does not answer with 200."""
+    try:
+        with urllib.request.urlopen(url, timeout=timeout_s) as response:
+            body = response.read()
+    except (OSError, urllib.error.URLError):
+        return None
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return body.decode()
+
+
+def wait_for(what: str, condition: Any, timeout_s: float) -> Any:
+    """Poll until `condition()` is true; its value. AssertionError names what did not happen."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"not within {timeout_s:g} s: {what}")
+
+
+class Server:
+    """One `trtllm-serve` process and whatever it starts, in a process group of its own."""
+
+    def __init__(self, name: str, folder: Path, *arguments: str, port: int) -> None:
+        self.name = name
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = folder / f"{name}.log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "diptych.cli", *arguments],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait_ready(self) -> "Server":
+        def ready() -> bool:
+            if self.process.poll() is not None:
+                raise AssertionError(f"{self.name} ended with {self.process.returncode}: {self.tail()}")
+            return get(f"{self.url}/health", 2.0) is not None
+
+        wait_for(f"{self.name} ready; its log: {self.tail()}", ready, START_S)
+        return self
+
+    def tail(self) -> str:
+        return self.log.read_text()[-3000:]
+
+    def metric(self, name: str, **labels: str) -> float:
+        """One Prometheus value, by its name and labels."""
+        text = get(f"{self.url}/prometheus/metrics") or ""
+        for line in text.splitlines():
+            if line.startswith(name) and all(f'{key}="{value}"' in line for key, value in labels.items()):
+                return float(line.rpartition(" ")[2])
+        raise AssertionError(f"{self.name} has no metric {name} {labels}")
+
+    def blocks(self) -> dict[str, float]:
+        return {state: self.metric("diptych_kv_blocks", state=state) for state in ("free", "cached", "active", "leased")}
+
+    def kill(self) -> None:
+        """SIGKILL for the process and its children, as when a machine dies."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(10)
+
+    def stop(self) -> int:
+        """SIGTERM and a bounded wait; the exit code."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        return self.process.returncode
+
+
+class Mesh:
+    """Starts servers; `close` ends them all."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.servers: list[Server] = []
+
+    def worker(self, name: str, role: str | None = None, model: str = MODEL, **options: Any) -> Server:
+        """`options`: keys of the worker's YAML."""
+        config = self._folder / f"{name}.yaml"
+        config.write_text(yaml.safe_dump(options))
+        port = free_port()
+        arguments = ["serve", model, "--host", "127.0.0.1", "--port", str(port), "--config", str(config)]
+        if role is not None:
+            arguments += ["--server_role", role]
+        return self._start(name, *arguments, port=port)
+
+    def router(self, name: str, context: list[Server], generation: list[Server], **options: Any) -> Server:
+        port = free_port()
+        config = {
+            "hostname": "127.0.0.1",
+            "port": port,
+            "context_servers": {"urls": [f"127.0.0.1:{server.port}" for server in context]},
+            "generation_servers": {"urls": [f"127.0.0.1:{server.port}" for server in generation]},
+            **options,
+        }
+        path = self._folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return self._start(name, "disaggregated", "-c", str(path), port=port)
+
+    def close(self) -> None:
+        for server in reversed(self.servers):
+            if server.process.poll() is None:
+                server.process.terminate()
+        for server in self.servers:
+            server.stop()
+            server.kill()
+
+    def _start(self, name: str, *arguments: str, port: int) -> Server:
+        server = Server(name, self._folder, *arguments, port=port)
+        self.servers.append(server)
+        return server
+
+
+@contextlib.contextmanager
+def mesh(folder: Path) -> Iterator[Mesh]:
+    started = Mesh(folder)
+    try:
+        yield started
+    finally:
+        started.close()
