@@ -1,10 +1,10 @@
-"""Measures OpenAI servers as their clients see them: TTFT, ITL, TPOT, E2E and throughput, several servers in one run.
+"""Measures OpenAI servers as their clients see them: TTFT, ITL, TPOT, E2E, throughput; several in one run.
 
-    python benchmarks/serve.py --target ours=http://localhost:8000 --target peer=http://localhost:9000,smollm2 \\
+    python benchmarks/serve.py --target ours=http://localhost:8000 --target peer=http://localhost:9000,m \\
         --concurrency 1,8,32 --input-len 128 --output-len 64 --tokenizer DIR --output result.json
 
-The targets take turns within each round, so that a machine that gets slower meanwhile is slower for all of them;
-ratios are against the first. Every answer is checked: errors and wrong token counts are part of the result.
+The targets take turns within each round, so that a machine that gets slower is slower for all; ratios are against
+the first. Every answer is checked: errors and wrong token counts are part of the result.
 """
 
 import argparse
@@ -154,7 +154,7 @@ class Benchmark:
         try:
             async with self._session.get(f"{target.url}/v1/models") as response:
                 models = [entry["id"] for entry in (await response.json())["data"]]
-        except (aiohttp.ClientError, TimeoutError, KeyError, ValueError) as error:
+        except (aiohttp.ClientError, asyncio.TimeoutError, KeyError, ValueError) as error:
             raise SystemExit(f"error: {target.name} at {target.url} lists no models: {error}") from error
         if len(models) != 1:
             raise SystemExit(
@@ -173,7 +173,7 @@ class Benchmark:
             try:
                 async with self._session.get(f"{target.url}{path}") as response:
                     about[path.removeprefix("/")] = await response.json() if response.status == 200 else None
-            except (aiohttp.ClientError, TimeoutError, ValueError):
+            except (aiohttp.ClientError, asyncio.TimeoutError, ValueError):
                 about[path.removeprefix("/")] = None
         return about
 

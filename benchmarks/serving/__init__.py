@@ -1,1 +1,1 @@
-"""Parts of benchmarks/serve.py: prompts, one request, arrivals, summaries. They know no server but by its URL."""
+"""Parts of benchmarks/serve.py: prompts, one request, arrivals, summaries. They know servers by URL only."""

@@ -1,6 +1,6 @@
 """Prompts of a wanted length out of real English text, no two with the same beginning.
 
-With a tokenizer the length is exact; without one it is estimated from words, and the server's usage tells the truth.
+With a tokenizer the length is exact; without one it is estimated from words, and the server's usage tells.
 """
 
 import random

@@ -1,5 +1,6 @@
 """One streamed completion from an OpenAI server, and what a client can measure of it."""
 
+import asyncio
 import json
 import time
 from dataclasses import dataclass, field
@@ -63,7 +64,7 @@ async def complete(
                 await _read_stream(response, record, began)
             else:
                 record.error = f"HTTP {response.status}: {_message(await response.text())}"
-    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+    except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
         record.error = f"{type(error).__name__}: {error}"
     record.end_s = time.perf_counter() - began
     if record.error is None and record.ttft_s is None:

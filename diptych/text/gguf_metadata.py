@@ -24,7 +24,7 @@ def read_gguf_metadata(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Reader(data, path).header()
-    except (struct.error, UnicodeDecodeError, ValueError) as error:
+    except (struct.error, ValueError, RecursionError) as error:
         raise ModelLoadError(f"{path}: the GGUF header is cut short or damaged ({error}).") from error
     except OSError as error:
         raise ModelLoadError(f"{path}: cannot be read ({error.strerror}).") from error

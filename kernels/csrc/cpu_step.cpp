@@ -111,9 +111,10 @@ class Step final : public Job {
     for (int row = 0; row < b_.num_rows;) {
       int next = row + 1;
       while (next < b_.num_rows && b_.sequence_ids[next] == b_.sequence_ids[row]) next++;
-      int total = (next - row) * s_.group();
-      for (int first = 0; first < total; first += kPanel)
-        tiles_.push_back({row, first, std::min(kPanel, total - first), b_.sequence_ids[row]});
+      const int total = (next - row) * s_.group();
+      for (int head = 0; head < s_.num_kv_heads; head++)
+        for (int first = 0; first < total; first += kPanel)
+          tiles_.push_back({row, first, std::min(kPanel, total - first), b_.sequence_ids[row], head});
       row = next;
     }
   }
@@ -127,7 +128,7 @@ class Step final : public Job {
     phases_.push_back({kEmbed, 0, row_tiles});
     for (int l = 0; l < s_.num_layers; l++) {
       phases_.push_back({kProject, l, split(s_.qkv_heads(), rows).units()});
-      phases_.push_back({kAttend, l, (int)tiles_.size() * s_.num_kv_heads});
+      phases_.push_back({kAttend, l, ((int)tiles_.size() + tiles_per_unit() - 1) / tiles_per_unit()});
       phases_.push_back({kOutputProject, l, split(s_.hidden_size / kPanel, rows).units()});
       if (!inline_norm) phases_.push_back({kPostNormalize, l, row_tiles});
       phases_.push_back({kMlpUp, l, split(s_.intermediate_size / kTile, rows).units()});
@@ -280,11 +281,20 @@ class Step final : public Job {
   }
 
   void attend(int layer, int unit, Worker& worker) {
-    const QueryTile& tile = tiles_[unit / s_.num_kv_heads];
-    const int head = unit % s_.num_kv_heads;
-    PoolView view(s_, pool_, table(tile.sequence), layer, head);
-    TileAttention<kIsa>(s_, worker.tiles, worker.attention)
-        .run(tile, head, view, b_.positions, queries_.data(), attended_.data());
+    const int first = unit * tiles_per_unit(), last = std::min((int)tiles_.size(), first + tiles_per_unit());
+    TileAttention<kIsa> attention(s_, worker.tiles, worker.attention, b_.positions);
+    for (int i = first; i < last; i++) {
+      const QueryTile* next = i + 1 < last ? &tiles_[i + 1] : nullptr;
+      attention.run(tiles_[i], view(layer, tiles_[i]), next, view(layer, next ? *next : tiles_[i]), queries_.data(),
+                    attended_.data());
+    }
+  }
+
+  // Neighbouring tiles share keys or lie close in memory; a thread takes several, but not so many that others wait.
+  int tiles_per_unit() const { return std::max(1, (int)tiles_.size() / (team_.num_threads() * kUnitsPerThread)); }
+
+  PoolView view(int layer, const QueryTile& tile) const {
+    return PoolView(s_, pool_, table(tile.sequence), layer, tile.head);
   }
 
   void add_product(const Matrix& w, const bf16* a, int unit, Worker& worker) {

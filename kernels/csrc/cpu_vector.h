@@ -146,17 +146,16 @@ inline Vec scale_by_power(Vec v, Vec n) { return {scale8(v.a, n.a), scale8(v.b, 
 
 #endif
 
-// 2^x. Exactly 1 at 0 and exactly 0 far below, minus infinity included: a masked score has no weight at all.
+// 2^x to 3 parts in a million. Exactly 1 at 0 and exactly 0 far below, minus infinity included: a masked score has
+// no weight at all.
 inline Vec exp2(Vec x) {
   x = minimum(maximum(x, fill(-200.f)), fill(127.f));
   Vec n = round_to_integer(x);
   Vec f = sub(x, n);
-  Vec p = fill(1.5403530e-4f);
-  p = fma(p, f, fill(1.3333558e-3f));
-  p = fma(p, f, fill(9.6181291e-3f));
-  p = fma(p, f, fill(5.5504109e-2f));
-  p = fma(p, f, fill(2.4022651e-1f));
-  p = fma(p, f, fill(6.9314718e-1f));
+  Vec p = fill(0.009582853f);
+  p = fma(p, f, fill(0.055906426f));
+  p = fma(p, f, fill(0.24024099f));
+  p = fma(p, f, fill(0.69312419f));
   p = fma(p, f, fill(1.f));
   return scale_by_power(p, n);
 }

@@ -7,7 +7,6 @@ is spliced in before the closing brace. Prompts, texts and tickets are never dec
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -29,8 +28,7 @@ class _Body(msgspec.Struct):
     stream: Any = None
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(msgspec.Struct, frozen=True, kw_only=True):
     """One request of a client."""
 
     request_id: str  # the client's, if it gave one: it need not be unique

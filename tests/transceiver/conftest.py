@@ -8,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from kv_nodes import Gate, Node, Process  # noqa: E402
+from kv_nodes import Gate, Node, Process
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""An engine without a model in a process of its own: JSON lines in, JSON lines out. Run by conftest.Process."""
+"""An engine without a model in a process of its own: JSON lines in, JSON lines out. Run by Process."""
 
 import json
 import os
@@ -21,7 +21,9 @@ def main(layout_name: str, num_blocks: str, seed: str, settings: str) -> None:
     bell = os.eventfd(0)
     options = json.loads(settings)
     options["backends"] = tuple(options["backends"])
-    transceiver = Transceiver(memory, layout, TransceiverSettings(**options), wake=lambda: os.eventfd_write(bell, 1))
+    transceiver = Transceiver(
+        memory, layout, TransceiverSettings(**options), wake=lambda: os.eventfd_write(bell, 1)
+    )
     while True:
         ready, _, _ = select.select([sys.stdin, bell], [], [])
         if bell in ready:

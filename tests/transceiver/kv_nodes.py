@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -36,7 +36,15 @@ def fill(memory: PoolMemory, seed: int) -> None:
 class Node:
     """One engine, in this process."""
 
-    def __init__(self, layout: KvLayout = LAYOUT, num_blocks: int = 32, *, seed: int = 0, clock=time.monotonic, **settings):
+    def __init__(
+        self,
+        layout: KvLayout = LAYOUT,
+        num_blocks: int = 32,
+        *,
+        seed: int = 0,
+        clock=time.monotonic,
+        **settings,
+    ):
         self.memory = PoolMemory.create(layout, num_blocks, f"incarnation-{seed}-{os.urandom(4).hex()}")
         fill(self.memory, seed)
         self._bell = threading.Event()

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from kv_nodes import LAYOUT, WIDE, Gate, Node, forge
+
 from diptych.kv_layout import KvLayout
 from diptych.transceiver import shm, tcp
 from diptych.transceiver import ticket as tickets
@@ -199,7 +199,9 @@ def test_what_is_no_ticket_fails_alone(nodes, transport, ticket):
     assert node.result(node.transceiver.fetch(ticket, [0], [0])).code == "layout"
 
 
-@pytest.mark.parametrize(("indices", "blocks"), [([2], [0]), ([-1], [0]), ([0, 1], [0]), ([0, 1], [3, 3]), ([0], [32])])
+@pytest.mark.parametrize(
+    ("indices", "blocks"), [([2], [0]), ([-1], [0]), ([0, 1], [0]), ([0, 1], [3, 3]), ([0], [32])]
+)
 def test_wrong_block_lists_fail_alone(nodes, transport, indices, blocks):
     owner, reader = nodes(seed=1, backends=(transport,)), nodes(seed=2, backends=(transport,))
     _, ticket = owner.offer([4, 5])
@@ -224,9 +226,9 @@ def test_abort_in_the_middle(nodes, gate: Gate, transport):
     assert reader.result(fetch_id).code == "cancelled"
     assert owner.ended(ticket_id).reason == "released"
     assert not np.array_equal(reader.memory.blocks[47], owner.memory.blocks[47])
-    assert isinstance(
-        reader.result(reader.transceiver.fetch(owner.offer([1])[1], [0], [0])), FetchDone
-    ), "the next fetch is not harmed"
+    assert isinstance(reader.result(reader.transceiver.fetch(owner.offer([1])[1], [0], [0])), FetchDone), (
+        "the next fetch is not harmed"
+    )
 
 
 def test_abort_in_the_queue(nodes, gate: Gate, transport):
@@ -374,7 +376,8 @@ def test_nothing_grows(nodes, transport):
         for i in range(count // 4):
             offers = [owner.offer([4 * j, 4 * j + 2]) for j in range(4)]
             fetches = [
-                reader.transceiver.fetch(ticket, [0, 1], [2 * j, 2 * j + 1]) for j, (_, ticket) in enumerate(offers)
+                reader.transceiver.fetch(ticket, [0, 1], [2 * j, 2 * j + 1])
+                for j, (_, ticket) in enumerate(offers)
             ]
             if i % 5 == 0:
                 reader.transceiver.abort(fetches[0])
@@ -386,7 +389,8 @@ def test_nothing_grows(nodes, transport):
     fetch_many(40)
     before = footprint()
     fetch_many(300)
-    wait_until(lambda: footprint() <= before, f"{before} grew")
+    # Kept threads and connections come and go with the overlap of fetches; a leak would be some 300.
+    wait_until(lambda: all(x <= y + 10 for x, y in zip(footprint(), before, strict=True)), f"{before} grew")
     assert reader.transceiver.metrics().open_fetches == 0
     assert owner.transceiver.metrics().open_leases == 0
 
@@ -399,7 +403,7 @@ def test_close_leaves_nothing(transport):
         reader.result(reader.transceiver.fetch(owner.offer([1])[1], [0], [0]))
         reader.close()
         owner.close()
-    wait_until(lambda: footprint() <= before, f"{before} grew")
+    wait_until(lambda: all(x <= y for x, y in zip(footprint(), before, strict=True)), f"{before} grew")
 
 
 def test_close_in_the_middle_of_a_fetch(nodes, gate: Gate, transport, caplog):

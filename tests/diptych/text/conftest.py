@@ -1,4 +1,4 @@
-"""Tokenizers for the text tests: a tiny byte-level one, a tiny SentencePiece one, and the small real model's."""
+"""Tokenizers for the text tests: a tiny byte-level one, a tiny SentencePiece one, the small real one."""
 
 import importlib.util
 from collections.abc import Callable

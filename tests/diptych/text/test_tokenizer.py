@@ -185,8 +185,8 @@ def test_unsupported_decoders_are_named(tmp_path: Path, decoder: object, word: s
 def test_paths_without_a_tokenizer(tmp_path: Path):
     with pytest.raises(ModelLoadError, match="neither a directory"):
         Tokenizer.load(tmp_path / "nothing")
+    (tmp_path / "file").write_bytes(b"something else")
     with pytest.raises(ModelLoadError, match="no GGUF file"):
-        (tmp_path / "file").write_bytes(b"something else")
         Tokenizer.load(tmp_path / "file")
 
 
