@@ -3,8 +3,8 @@
     python benchmarks/serve.py --target ours=http://localhost:8000 --target peer=http://localhost:9000,m \\
         --concurrency 1,8,32 --input-len 128 --output-len 64 --tokenizer DIR --output result.json
 
-The targets take turns within each round, so that a machine that gets slower is slower for all; ratios are against
-the first. Every answer is checked: errors and wrong token counts are part of the result.
+The targets take turns within each round, so that a machine that gets slower is slower for all; ratios are
+against the first. Every answer is checked: errors and wrong token counts are part of the result.
 """
 
 import argparse

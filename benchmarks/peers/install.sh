@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs a CPU peer into its own virtual environment: install.sh FOLDER vllm|llama-server|llama
-# The result is FOLDER/PEER. llama-server is llama.cpp's own server, llama the one of llama-cpp-python. Running it again finds the finished environment and does nothing.
+# The result is FOLDER/PEER: llama-server is llama.cpp's own server, llama the one of llama-cpp-python.
+# Running it again finds the finished environment and does nothing.
 set -euo pipefail
 
 if [[ $# -ne 2 || ! $2 =~ ^(vllm|llama-server|llama)$ ]]; then

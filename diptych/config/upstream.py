@@ -84,10 +84,15 @@ _SILENT: Mapping[str, tuple[Any, ...]] = {
     "disable_overlap_scheduler": (True, False),
     "kv_cache_config.enable_partial_reuse": (False,),
 }
-# Fields of our own sections that nothing acts on yet.
-NOT_YET: frozenset[str] = frozenset(
-    {"kv_cache_config.host_cache_size", "kv_cache_config.event_buffer_max_size"}
-)
+# Our own fields that nothing acts on yet, with the values that ask for nothing else than what happens.
+NOT_YET: Mapping[str, tuple[Any, ...]] = {
+    "enable_chunked_prefill": (True,),
+    "stream_interval": (1,),
+    "trust_remote_code": (False,),
+    "kv_cache_config.dtype": ("auto", "bfloat16"),
+    "kv_cache_config.event_buffer_max_size": (0,),
+    "kv_cache_config.host_cache_size": (None, 0),
+}
 
 _OTHER_NAMES: Mapping[str, str] = {
     "tp_size": "tensor_parallel_size",
@@ -196,15 +201,13 @@ def _role(value: Any, source: str) -> str:
 
 def _drop_without_effect(options: dict[str, Any], source: str, notices: Notices) -> None:
     ignored: list[str] = []
-    for path in sorted(NO_EFFECT | NOT_YET):
+    for path in sorted({*NO_EFFECT, *NOT_YET}):
         section, _, key = path.rpartition(".")
         place = options.get(section) if section else options
         if not isinstance(place, dict) or key not in place:
             continue
         value = place[key] if path in NOT_YET else place.pop(key)
-        if path in NOT_YET and not value:
-            continue
-        if value not in _SILENT.get(path, ()):
+        if value not in (NOT_YET if path in NOT_YET else _SILENT).get(path, ()):
             ignored.append(path)
     if ignored:
         notices.warn(f"{source}: accepted, no effect in this version: {', '.join(ignored)}")

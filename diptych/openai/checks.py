@@ -73,7 +73,7 @@ def _check(request: GenerationRequest, *, logprobs_field: str) -> None:
     for field, neutral in _NEUTRAL.items():
         value = getattr(request, field, neutral[0])
         if value not in neutral:
-            raise _invalid(field, f"{field} is {value!r}; that is not supported yet.")
+            raise _invalid(field, f"{field} is {value!r:.64}; that is not supported yet.")
     _check_counts(request)
     _check_ids(request)
     if request.stream_options is not None and not request.stream:
@@ -81,7 +81,7 @@ def _check(request: GenerationRequest, *, logprobs_field: str) -> None:
     if request.response_format is not None and request.response_format.type != "text":
         raise _invalid(
             "response_format",
-            f"response_format.type is {request.response_format.type!r}; only 'text' is supported yet.",
+            f"response_format.type is {request.response_format.type!r:.64}; only 'text' is supported yet.",
         )
 
 

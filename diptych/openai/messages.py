@@ -26,7 +26,7 @@ def _message(message: Any, path: str) -> dict[str, Any]:
     role = message.get("role")
     if role not in ROLES:
         raise InvalidRequest(
-            f"{path}.role is {role!r}; it must be one of {', '.join(ROLES)}.", param=f"{path}.role"
+            f"{path}.role is {role!r:.64}; it must be one of {', '.join(ROLES)}.", param=f"{path}.role"
         )
     calls = message.get("tool_calls")
     if calls is not None and not isinstance(calls, list):
@@ -57,7 +57,7 @@ def _part(part: Any, path: str) -> str:
         raise InvalidRequest(f"{path} is a {type(part).__name__}; it must be a text part.", param=path)
     kind = part.get("type")
     if kind not in ("text", "input_text", "output_text", "refusal"):
-        raise InvalidRequest(f"{path}.type is {kind!r}; only 'text' is supported.", param=f"{path}.type")
+        raise InvalidRequest(f"{path}.type is {kind!r:.64}; only 'text' is supported.", param=f"{path}.type")
     text = part.get("refusal" if kind == "refusal" else "text")
     if not isinstance(text, str):
         raise InvalidRequest(f"{path}.text must be a string.", param=f"{path}.text")

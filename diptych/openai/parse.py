@@ -55,6 +55,7 @@ def _fields(body: bytes, kind: type[GenerationRequest]) -> dict[str, Any]:
 
 
 def _unknown(name: str, kind: type[GenerationRequest]) -> InvalidRequest:
+    name = name[:64]  # it goes into the answer, and the search for its likes takes time
     for path, other in _HOMES.items():
         if other is not kind and name in other.__struct_fields__:
             return InvalidRequest(f"{name} is a field of {path} only.", param=name, code="unknown_field")

@@ -64,14 +64,26 @@ inline void release(TileState& state) {
   state = TileState();
 }
 
-template <class A, class B>
+template <bool kSum, class A, class B>
 inline void multiply_amx(TileState& state, int rows, int steps, int pairs, A a, ptrdiff_t a_tile, B b,
                          ptrdiff_t b_right, float* c, ptrdiff_t ldc) {
   configure(state, rows, pairs);
   asm volatile("" ::: "memory");  // the tile loads below do not tell the compiler that they read memory
-  _tile_zero(0);
-  _tile_zero(1);
-  if (rows <= kTile) {
+  const bool lower = rows > kTile;
+  if constexpr (kSum) {
+    _tile_loadd(0, c, ldc * 4);
+    _tile_loadd(1, c + kTile, ldc * 4);
+    if (lower) {
+      _tile_loadd(2, c + kTile * ldc, ldc * 4);
+      _tile_loadd(3, c + kTile * ldc + kTile, ldc * 4);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  if (!lower) {
     for (int s = 0; s < steps; s++) {
       const bf16* bs = b(s);
       _tile_loadd(4, a(s), 64);
@@ -81,8 +93,6 @@ inline void multiply_amx(TileState& state, int rows, int steps, int pairs, A a, 
       _tile_dpbf16ps(1, 4, 7);
     }
   } else {
-    _tile_zero(2);
-    _tile_zero(3);
     for (int s = 0; s < steps; s++) {
       const bf16 *as = a(s), *bs = b(s);
       _tile_loadd(4, as, 64);
@@ -110,10 +120,13 @@ inline void release(TileState&) {}
 
 #if defined(DIPTYCH_AVX512)
 
-template <int kRows, class A, class B>
+template <int kRows, bool kSum, class A, class B>
 inline void rows_avx512(int steps, int pairs, A a, ptrdiff_t first, B b, ptrdiff_t b_right, float* c, ptrdiff_t ldc) {
   __m512 left[kRows], right[kRows];
-  for (int r = 0; r < kRows; r++) left[r] = right[r] = _mm512_setzero_ps();
+  for (int r = 0; r < kRows; r++) {
+    left[r] = kSum ? _mm512_loadu_ps(c + r * ldc) : _mm512_setzero_ps();
+    right[r] = kSum ? _mm512_loadu_ps(c + r * ldc + kTile) : _mm512_setzero_ps();
+  }
   for (int s = 0; s < steps; s++) {
     const bf16 *as = a(s) + first, *bs = b(s);
     for (int p = 0; p < pairs; p++) {
@@ -139,11 +152,11 @@ inline void rows_avx512(int steps, int pairs, A a, ptrdiff_t first, B b, ptrdiff
 #if !defined(DIPTYCH_AVX512)
 
 // One row block of 1 or 2 rows: eight sums and the widened operands fit the sixteen registers of AVX2.
-template <int kRows, class A, class B>
+template <int kRows, bool kSum, class A, class B>
 inline void rows_portable(int steps, int pairs, A a, ptrdiff_t first, B b, ptrdiff_t b_right, float* c, ptrdiff_t ldc) {
   Float8 sums[kRows][4];
   for (int r = 0; r < kRows; r++)
-    for (int j = 0; j < 4; j++) sums[r][j] = fill8(0.f);
+    for (int j = 0; j < 4; j++) sums[r][j] = kSum ? load8(c + r * ldc + j * 8) : fill8(0.f);
   for (int s = 0; s < steps; s++) {
     const bf16 *as = a(s) + first, *bs = b(s);
     for (int p = 0; p < pairs; p++) {
@@ -171,11 +184,11 @@ inline void rows_portable(int steps, int pairs, A a, ptrdiff_t first, B b, ptrdi
 
 #endif
 
-template <Isa kIsa, class A, class B>
+template <Isa kIsa, bool kSum = false, class A, class B>
 inline void multiply(TileState& state, int rows, int steps, int pairs, A a, ptrdiff_t a_tile, B b, ptrdiff_t b_right,
                      float* c, ptrdiff_t ldc) {
 #if defined(DIPTYCH_AMX)
-  if constexpr (kIsa == Isa::kAmx) return multiply_amx(state, rows, steps, pairs, a, a_tile, b, b_right, c, ldc);
+  if constexpr (kIsa == Isa::kAmx) return multiply_amx<kSum>(state, rows, steps, pairs, a, a_tile, b, b_right, c, ldc);
 #endif
   for (int row = 0; row < rows;) {
     ptrdiff_t first = (row / kTile) * a_tile + (row % kTile) * 32;
@@ -183,7 +196,7 @@ inline void multiply(TileState& state, int rows, int steps, int pairs, A a, ptrd
     int left = (rows < (row / kTile + 1) * kTile ? rows : (row / kTile + 1) * kTile) - row;
 #define DIPTYCH_ROWS(count, form)                                  \
   if (left >= count) {                                             \
-    form<count>(steps, pairs, a, first, b, b_right, out, ldc);     \
+    form<count, kSum>(steps, pairs, a, first, b, b_right, out, ldc); \
     row += count;                                                  \
     continue;                                                      \
   }

@@ -24,6 +24,7 @@ enum PhaseKind { kEmbed, kProject, kAttend, kOutputProject, kPostNormalize, kMlp
 constexpr int kInlineRows = 8;    // so few rows are normalised by the thread that ends the phase before
 constexpr int kRowGroup = 512;    // rows that go through one panel of weights before the next is read
 constexpr int kUnitsPerThread = 8;
+constexpr int kPieceSteps = 9;    // 18 KB of a panel, and as much of the rows that meet it
 
 // A product cut into units: `items` groups of columns times groups of rows.
 struct Split {
@@ -38,7 +39,7 @@ struct Split {
 };
 
 struct Worker {
-  explicit Worker(const Shape& s) : attention(s), panel(kPanel * std::max(kPanel, (int)s.head_dim)) {}
+  explicit Worker(const Shape& s) : attention(s), panel(kRowGroup * std::max(kPanel, (int)s.head_dim)) {}
   AttentionScratch attention;
   Buffer<float> panel;
   Buffer<bf16> head = Buffer<bf16>(512);
@@ -186,36 +187,50 @@ class Step final : public Job {
   }
 
   // Multiplies a unit's rows by its items of `width` panels; `finish(item, row, rows, sums)` takes each result.
+  // With many rows the depth is cut so that a piece of a panel stays in the first-level cache while they pass by.
   template <class Finish>
   void product(const Matrix& w, int width, const bf16* a, int all_rows, int unit, Worker& worker, Finish finish) {
     const int items = w.panels() / width;
     const Split cut = split(items, all_rows);
-    const int group = unit % cut.row_groups, first_item = unit / cut.row_groups * cut.items_per_unit;
+    const int first_item = unit / cut.row_groups * cut.items_per_unit;
     const int last_item = std::min(items, first_item + cut.items_per_unit);
-    const int first_row = group * kRowGroup, last_row = std::min(all_rows, first_row + kRowGroup);
-    const int blocks = (last_row - first_row + kPanel - 1) / kPanel;
-    const int lines = (kPanel + blocks - 1) / blocks;  // of the next panel, to be asked for in each step
-    const ptrdiff_t a_tile = (ptrdiff_t)w.steps() * kTileElements;
-    float* sums = worker.panel.data();
+    const int first_row = unit % cut.row_groups * kRowGroup, last_row = std::min(all_rows, first_row + kRowGroup);
+    const int pieces = last_row - first_row <= kPanel ? 1 : (w.steps() + kPieceSteps - 1) / kPieceSteps;
+    const int piece = (w.steps() + pieces - 1) / pieces;
+    const ptrdiff_t block_sums = kPanel * kPanel * width;
     for (int item = first_item; item < last_item; item++) {
-      for (int row = first_row, block = 0; row < last_row; row += kPanel, block++) {
-        const int rows = std::min(kPanel, last_row - row);
-        const bf16* in = a + row / kTile * a_tile;
+      for (int step = 0; step < w.steps(); step += piece)
         for (int j = 0; j < width; j++) {
-          const bf16* panel = w.panel(item * width + j);
-          const bf16* ahead = panel + width * w.panel_elements() + block * lines * 32;
-          multiply<kIsa>(
-              worker.tiles, rows, w.steps(), kTile, [=](int step) { return in + step * kTileElements; }, a_tile,
-              [=](int step) {
-                const ptrdiff_t at = step * 2 * kTileElements;
-                for (int i = 0; i < lines; i++) __builtin_prefetch(ahead + at + i * 32, 0, 2);
-                return panel + at;
-              },
-              kTileElements, sums + j * kPanel, width * kPanel);
+          float* sums = worker.panel.data() + j * kPanel;
+          const int steps = std::min(piece, w.steps() - step);
+          for (int row = first_row; row < last_row; row += kPanel, sums += block_sums)
+            multiply_piece(w, item * width + j, width, a, row, std::min(kPanel, last_row - row),
+                           last_row - first_row, step, steps, sums, worker);
         }
-        finish(item, row, rows, sums);
-      }
+      float* sums = worker.panel.data();
+      for (int row = first_row; row < last_row; row += kPanel, sums += block_sums)
+        finish(item, row, std::min(kPanel, last_row - row), sums);
     }
+  }
+
+  void multiply_piece(const Matrix& w, int panel, int width, const bf16* a, int row, int rows, int group_rows,
+                      int first_step, int steps, float* sums, Worker& worker) {
+    const ptrdiff_t a_tile = (ptrdiff_t)w.steps() * kTileElements;
+    const int blocks = (group_rows + kPanel - 1) / kPanel, lines = (kPanel + blocks - 1) / blocks;
+    const bf16* in = a + row / kTile * a_tile + first_step * kTileElements;
+    const bf16* weights = w.panel(panel) + first_step * 2 * kTileElements;
+    const bf16* ahead = weights + width * w.panel_elements() + row % kRowGroup / kPanel * lines * 32;
+    const auto rows_of = [=](int step) { return in + step * kTileElements; };
+    const auto columns_of = [=](int step) {
+      const ptrdiff_t at = step * 2 * kTileElements;
+      for (int i = 0; i < lines; i++) __builtin_prefetch(ahead + at + i * 32, 0, 2);
+      return weights + at;
+    };
+    const ptrdiff_t ldc = width * kPanel;
+    if (first_step == 0)
+      multiply<kIsa>(worker.tiles, rows, steps, kTile, rows_of, a_tile, columns_of, kTileElements, sums, ldc);
+    else
+      multiply<kIsa, true>(worker.tiles, rows, steps, kTile, rows_of, a_tile, columns_of, kTileElements, sums, ldc);
   }
 
   void project(const Layer& layer, int index, int unit, Worker& worker) {

@@ -69,6 +69,14 @@ class Router:
                     return float(line.split()[1])
         raise AssertionError(f"there is no metric {name}")
 
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Let the loop run until something shows that nobody announces."""
+        for _ in range(1000):
+            if condition():
+                return
+            await asyncio.sleep(0.005)
+        raise AssertionError("it did not happen")
+
 
 StartRouter = Callable[..., Awaitable[Router]]
 

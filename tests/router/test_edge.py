@@ -1,13 +1,15 @@
 """The router's own answers: validation, limits, models, health, status pages."""
 
+import asyncio
 import json
+import logging
 
 import pytest
 
 import diptych
 from diptych.discovery.static import StaticRegistry
 from diptych.router.frontends.openai import parse_call, parse_prefill
-from tests.router.conftest import FAST, StartRouter
+from tests.router.conftest import Config, StartRouter
 
 WHOLE = {"model": "fake", "prompt": "hello"}
 
@@ -156,11 +158,7 @@ async def test_a_worker_that_answers_nonsense_is_an_error_not_a_crash(
 
 
 async def test_slow_request_body_has_a_deadline(start_router: StartRouter, context, generation):
-    import asyncio
-
-    from tests.router.conftest import Config
-
-    router = await start_router(context, generation, config=Config(request_timeout_s=0.2), limits=FAST)
+    router = await start_router(context, generation, config=Config(request_timeout_s=0.2))
     host, port = router.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
@@ -190,3 +188,17 @@ def test_prefill_without_optional_parts():
     told = json.loads(call(b'{"n":2}').generation_body(prefill))
     assert "prompt_token_ids" not in told
     assert len(told["disaggregated_params"]["choices"]) == 2
+
+
+async def test_start_timeout_says_what_is_missing_and_goes_on(
+    start_router: StartRouter, context, generation, caplog
+):
+    await generation.stop()
+    config = Config(server_start_timeout_s=0.1)
+    caplog.set_level(logging.INFO)
+    router = await start_router(context, generation, config=config, wait_ready=False)
+    missing = f"still waiting: no generation worker is ready ({generation.url} is"
+    await router.until(lambda: missing in caplog.text)
+    await generation.start()
+    await router.until(lambda: "ready: " in caplog.text)
+    await router.text(WHOLE)

@@ -426,3 +426,19 @@ async def test_many_at_once(start_router: StartRouter, context, spare_context, g
     assert await router.metric("total_responses_total") == 200
     workers: list[FakeWorker] = [context, spare_context]
     assert [len(worker.legs("context")) for worker in workers] == [100, 100]
+
+
+async def test_max_retries_bounds_the_attempts(start_router: StartRouter, context, spare_context, generation):
+    for worker in (context, spare_context):
+        worker.script.fail["context"] = "mid_head"
+    router = await start_router(context, spare_context, generation, config=Config(max_retries=0))
+    assert await router.text(STREAM) == generation.events(skip=0)
+    assert len(context.legs("context")) + len(spare_context.legs("context")) == 1
+
+
+async def test_a_given_request_id_need_not_be_unique(start_router: StartRouter, context, generation):
+    router = await start_router(context, generation)
+    await asyncio.gather(*(router.text(WHOLE, headers={"X-Request-ID": "same"}) for _ in range(3)))
+    ids = {seen.body["disaggregated_params"]["disagg_request_id"] for seen in context.seen}
+    assert len(ids) == 3
+    assert {seen.headers["X-Request-ID"] for seen in context.seen} == {"same"}

@@ -159,6 +159,31 @@ def test_add_special_tokens_uses_the_post_processor(tiny_directory: Path, tmp_pa
     assert tokenizer.encode("hello", add_special_tokens=True) == [0, *plain]
 
 
+def test_a_directory_without_tokenizer_json_is_converted(
+    tiny: Tokenizer, tiny_directory: Path, tmp_path: Path
+):
+    pytest.importorskip("transformers")
+    model = orjson.loads((tiny_directory / "tokenizer.json").read_bytes())["model"]
+    (tmp_path / "vocab.json").write_bytes(orjson.dumps(model["vocab"]))
+    merges = "".join(f"{left} {right}\n" for left, right in model["merges"])
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
+    (tmp_path / "config.json").write_bytes(orjson.dumps({"model_type": "gpt2"}))
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|im_end|>")
+    config = special | {"tokenizer_class": "GPT2Tokenizer", "chat_template": "{{ eos_token }}"}
+    (tmp_path / "tokenizer_config.json").write_bytes(orjson.dumps(config))
+    tokenizer = Tokenizer.load(tmp_path)
+    text = "hello hello world 日本語"
+    assert tokenizer.encode(text, add_special_tokens=False) == tiny.encode(text, add_special_tokens=False)
+    assert tokenizer.eos_token_ids == tiny.eos_token_ids
+    assert tokenizer.apply_chat_template([]) == "<|im_end|>"
+
+
+def test_an_empty_directory(tmp_path: Path):
+    pytest.importorskip("transformers")
+    with pytest.raises(ModelLoadError, match=r"no tokenizer\.json"):
+        Tokenizer.load(tmp_path)
+
+
 def test_metaspace_decoder(tmp_path: Path):
     backend = Backend(models.WordLevel({"▁hello": 0, "▁world": 1, "!": 2, "<s>": 3}, unk_token="!"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
