@@ -130,23 +130,23 @@ class ModelLoadError(StartupError):
 def from_wire(status: int, error: dict[str, Any]) -> DiptychError:
     """Rebuild the error of another process from its status and OpenAI error object."""
     code = error.get("code")
-    for leaf in _LEAVES:
-        if leaf.status == status and (leaf.default_code == code or leaf.default_code is None):
-            break
-    else:
-        leaf = next((leaf for leaf in _LEAVES if leaf.status == status), DiptychError)
+    same_status = [leaf for leaf in _LEAVES if leaf.status == status]
+    by_code = [leaf for leaf in same_status if leaf.default_code == code]
+    leaf = next(iter(by_code or same_status), DiptychError)
     return leaf(str(error.get("message", "")), param=error.get("param"), code=code)
 
 
+# The first one of a status is what an unknown code of that status becomes.
 _LEAVES: tuple[type[DiptychError], ...] = (
-    ContextLengthExceeded,
+    DiptychError,
     InvalidRequest,
-    ModelNotFound,
+    ContextLengthExceeded,
     NotFound,
+    ModelNotFound,
     PayloadTooLarge,
     Overloaded,
-    WorkerLost,
     Unavailable,
+    WorkerLost,
     DeadlineExceeded,
     Cancelled,
     TransferError,

@@ -15,7 +15,6 @@ from diptych.transceiver.frames import BadFrame, Hello, Kind, Message, Prove, Re
 from diptych.transceiver.stop import Stop
 
 MAX_IOVECS = 512
-BUFFER_BYTES = 4 << 20
 
 _SLICE = struct.pack("@ll", 0, 100_000)  # struct timeval: after this long without progress, look at the Stop
 
@@ -142,8 +141,8 @@ def _connect(host: str, port: int, stop: Stop) -> socket.socket:
 
 def _tune(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
+    # Buffer sizes stay the kernel's: it grows them to tcp_rmem's maximum, while a size set here would end
+    # that and be cut to net.core.rmem_max, which is small on most hosts.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _SLICE)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _SLICE)
     # A host that vanished says nothing: after some 25 s of silence the kernel calls the connection dead.

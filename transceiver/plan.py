@@ -91,7 +91,7 @@ def plan_copy(
         )
     src = np.asarray(source_blocks, np.int64).reshape(-1)
     dst = np.asarray(destination_blocks, np.int64).reshape(-1)
-    if len(np.unique(dst)) != len(dst):
+    if len(set(destination_blocks)) != len(dst):
         raise TransferError("a destination block is named twice", code="layout")
     starts = np.flatnonzero(np.r_[True, (np.diff(src) != 1) | (np.diff(dst) != 1)][: len(src)])
     num_blocks = np.diff(np.r_[starts, len(src)])
@@ -107,7 +107,7 @@ def plan_copy(
 
 
 def _require_equal(source: KvLayout, destination: KvLayout) -> None:
-    if source.fingerprint() == destination.fingerprint():
+    if source == destination:
         return
     theirs, ours = msgspec.structs.asdict(source), msgspec.structs.asdict(destination)
     differing = ", ".join(

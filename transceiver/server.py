@@ -78,32 +78,35 @@ class Server:
         poll = select.poll()
         poll.register(self._listener, select.POLLIN)
         while not self._closing.is_set():
-            self._tick()
-            if not poll.poll(TICK_S * 1000):
-                continue
             try:
-                sock, _ = self._listener.accept()
-            except OSError as error:  # out of descriptors, or the peer left the queue
-                if self._closing.is_set():
-                    return
-                log.warning("KV transport could not accept a connection: %s", error)
+                self._tick()
+                if poll.poll(TICK_S * 1000):
+                    self._open(self._listener.accept()[0])
+            except (
+                OSError,
+                RuntimeError,
+            ) as error:  # no descriptor or thread left, or the peer is gone again
+                if not self._closing.is_set():
+                    log.warning("KV transport could not take a connection: %s", error)
+                    self._closing.wait(0.1)
+            except Exception:
+                log.exception("KV transport goes on after an error of ours")
                 self._closing.wait(0.1)
-                continue
-            self._open(sock)
 
     def _open(self, sock: socket.socket) -> None:
         number = next(self._numbers)
-        with self._lock:
+        with contextlib.ExitStack() as undo, self._lock:
+            undo.callback(sock.close)
             if self._closing.is_set() or len(self._connections) >= MAX_CONNECTIONS:
                 log.warning("KV transport turned a connection away: %d are open", len(self._connections))
-                sock.close()
                 return
             connection = Connection(sock)
             thread = threading.Thread(
                 target=self._serve, args=(connection, number), name=f"kv-serve-{number}", daemon=True
             )
+            thread.start()  # it waits for the lock before it removes its entry
             self._connections[number] = (connection, thread)
-        thread.start()
+            undo.pop_all()
 
     def _serve(self, connection: Connection, number: int) -> None:
         try:

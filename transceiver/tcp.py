@@ -19,7 +19,7 @@ from diptych.transceiver.pool_memory import Bytes, Generations, PoolIdentity, Po
 from diptych.transceiver.stop import Stop
 from diptych.transceiver.transport import Landed, TransferState, TransportContext
 
-BATCH_BYTES = 1 << 20
+BATCH_BYTES = 4 << 20  # to one system call
 MAX_IDLE_CONNECTIONS = 4  # kept for each peer
 
 

@@ -22,20 +22,24 @@ struct Batch {
 enum PhaseKind { kEmbed, kProject, kAttend, kOutputProject, kPostNormalize, kMlpUp, kMlpDown, kNormalize, kHead };
 
 constexpr int kInlineRows = 8;    // so few rows are normalised by the thread that ends the phase before
-constexpr int kRowGroup = 512;    // rows that go through one panel of weights before the next is read
+constexpr int kRowGroup = 512;    // no more rows than this go through one panel of weights before the next is read
+constexpr int kGroupBytes = 384 << 10;
 constexpr int kUnitsPerThread = 8;
 constexpr int kPieceSteps = 9;    // 18 KB of a panel, and as much of the rows that meet it
 
-// A product cut into units: `items` groups of columns times groups of rows.
+// A product cut into units: groups of items (columns) times groups of rows. With many rows both groups are of a size
+// that stays in the second-level cache; units that share weights follow each other.
 struct Split {
-  int items_per_unit, item_units, row_groups;
+  int items_per_unit, row_group, row_groups, units;
 
-  Split(int items, int rows, int threads) {
-    row_groups = (rows + kRowGroup - 1) / kRowGroup;
+  Split(const Matrix& w, int width, int rows, int threads) {
+    const int items = w.panels() / width, row_bytes = w.depth * (int)sizeof(bf16);
+    row_group = std::min(kRowGroup, std::max(kPanel, kGroupBytes / row_bytes / kPanel * kPanel));
+    row_groups = (rows + row_group - 1) / row_group;
     items_per_unit = threads == 1 ? items : std::max(1, items * row_groups / (threads * kUnitsPerThread));
-    item_units = (items + items_per_unit - 1) / items_per_unit;
+    if (row_groups > 1) items_per_unit = std::min(items_per_unit, std::max(1, kGroupBytes / row_bytes / kPanel / width));
+    units = (items + items_per_unit - 1) / items_per_unit * row_groups;
   }
-  int units() const { return item_units * row_groups; }
 };
 
 struct Worker {
@@ -120,7 +124,7 @@ class Step final : public Job {
     }
   }
 
-  Split split(int items, int rows) const { return Split(items, rows, team_.num_threads()); }
+  Split split(const Matrix& w, int width, int rows) const { return Split(w, width, rows, team_.num_threads()); }
 
   void list_phases() {
     const int rows = b_.num_rows, row_tiles = (rows + kTile - 1) / kTile;
@@ -128,17 +132,18 @@ class Step final : public Job {
     phases_.clear();
     phases_.push_back({kEmbed, 0, row_tiles});
     for (int l = 0; l < s_.num_layers; l++) {
-      phases_.push_back({kProject, l, split(s_.qkv_heads(), rows).units()});
+      const Matrix* m = m_.layers[l].matrix;
+      phases_.push_back({kProject, l, split(m[kQkv], s_.head_dim / kPanel, rows).units});
       phases_.push_back({kAttend, l, ((int)tiles_.size() + tiles_per_unit() - 1) / tiles_per_unit()});
-      phases_.push_back({kOutputProject, l, split(s_.hidden_size / kPanel, rows).units()});
+      phases_.push_back({kOutputProject, l, split(m[kOutput], 1, rows).units});
       if (!inline_norm) phases_.push_back({kPostNormalize, l, row_tiles});
-      phases_.push_back({kMlpUp, l, split(s_.intermediate_size / kTile, rows).units()});
-      phases_.push_back({kMlpDown, l, split(s_.hidden_size / kPanel, rows).units()});
+      phases_.push_back({kMlpUp, l, split(m[kGateUp], 1, rows).units});
+      phases_.push_back({kMlpDown, l, split(m[kDown], 1, rows).units});
       if (!inline_norm && l + 1 < s_.num_layers) phases_.push_back({kNormalize, l + 1, row_tiles});
     }
     if (b_.num_logits == 0) return;
     if (!inline_norm) phases_.push_back({kNormalize, s_.num_layers, (b_.num_logits + kTile - 1) / kTile});
-    phases_.push_back({kHead, s_.num_layers, split(m_.tail().matrix[kLmHead].panels(), b_.num_logits).units()});
+    phases_.push_back({kHead, s_.num_layers, split(m_.tail().matrix[kLmHead], 1, b_.num_logits).units});
   }
 
   float* residual(int row) { return residual_.data() + (ptrdiff_t)row * s_.hidden_size; }
@@ -191,10 +196,11 @@ class Step final : public Job {
   template <class Finish>
   void product(const Matrix& w, int width, const bf16* a, int all_rows, int unit, Worker& worker, Finish finish) {
     const int items = w.panels() / width;
-    const Split cut = split(items, all_rows);
+    const Split cut = split(w, width, all_rows);
     const int first_item = unit / cut.row_groups * cut.items_per_unit;
     const int last_item = std::min(items, first_item + cut.items_per_unit);
-    const int first_row = unit % cut.row_groups * kRowGroup, last_row = std::min(all_rows, first_row + kRowGroup);
+    const int first_row = unit % cut.row_groups * cut.row_group;
+    const int last_row = std::min(all_rows, first_row + cut.row_group);
     const int pieces = last_row - first_row <= kPanel ? 1 : (w.steps() + kPieceSteps - 1) / kPieceSteps;
     const int piece = (w.steps() + pieces - 1) / pieces;
     const ptrdiff_t block_sums = kPanel * kPanel * width;
@@ -204,8 +210,8 @@ class Step final : public Job {
           float* sums = worker.panel.data() + j * kPanel;
           const int steps = std::min(piece, w.steps() - step);
           for (int row = first_row; row < last_row; row += kPanel, sums += block_sums)
-            multiply_piece(w, item * width + j, width, a, row, std::min(kPanel, last_row - row),
-                           last_row - first_row, step, steps, sums, worker);
+            multiply_piece(w, item * width + j, width, a, row, std::min(kPanel, last_row - row), first_row,
+                           last_row, step, steps, sums, worker);
         }
       float* sums = worker.panel.data();
       for (int row = first_row; row < last_row; row += kPanel, sums += block_sums)
@@ -213,13 +219,13 @@ class Step final : public Job {
     }
   }
 
-  void multiply_piece(const Matrix& w, int panel, int width, const bf16* a, int row, int rows, int group_rows,
-                      int first_step, int steps, float* sums, Worker& worker) {
+  void multiply_piece(const Matrix& w, int panel, int width, const bf16* a, int row, int rows, int first_row,
+                      int last_row, int first_step, int steps, float* sums, Worker& worker) {
     const ptrdiff_t a_tile = (ptrdiff_t)w.steps() * kTileElements;
-    const int blocks = (group_rows + kPanel - 1) / kPanel, lines = (kPanel + blocks - 1) / blocks;
+    const int blocks = (last_row - first_row + kPanel - 1) / kPanel, lines = (kPanel + blocks - 1) / blocks;
     const bf16* in = a + row / kTile * a_tile + first_step * kTileElements;
     const bf16* weights = w.panel(panel) + first_step * 2 * kTileElements;
-    const bf16* ahead = weights + width * w.panel_elements() + row % kRowGroup / kPanel * lines * 32;
+    const bf16* ahead = weights + width * w.panel_elements() + (row - first_row) / kPanel * lines * 32;
     const auto rows_of = [=](int step) { return in + step * kTileElements; };
     const auto columns_of = [=](int step) {
       const ptrdiff_t at = step * 2 * kTileElements;

@@ -182,6 +182,7 @@ async def test_children_die_when_the_launcher_is_killed(folder: Path):
             str(FAKE),
         ],
         stderr=subprocess.DEVNULL,
+        env={**os.environ, "TMPDIR": str(folder)},  # it cannot clean up after itself
     )
     try:
         names = ("context", "generation", "router")
