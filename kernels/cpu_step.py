@@ -196,7 +196,9 @@ class CpuStep:
             )
         self._pool = pool
         self._num_blocks = pool.nbytes // block_bytes
-        self._library.diptych_bind(self._open_handle(), ctypes.c_void_p(pool.data_ptr()))
+        self._library.diptych_bind(
+            self._open_handle(), ctypes.c_void_p(pool.data_ptr()), ctypes.c_int64(pool.nbytes)
+        )
 
     def forward(
         self,

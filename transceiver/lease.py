@@ -45,6 +45,11 @@ class LeaseTable:
         """No lease ends by time before this; infinity when there is none."""
         return self._no_expiry_before
 
+    @property
+    def num_read(self) -> int:
+        """Leases that some reader is reading now."""
+        return sum(bool(lease.readers) for lease in self._leases.values())
+
     def held_blocks(self) -> list[int]:
         return [block for lease in self._leases.values() for block in lease.block_ids]
 

@@ -8,7 +8,7 @@ from diptych.transceiver.settings import FetchDone, FetchFailed, TransceiverEven
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransceiverMetrics:
-    """Totals since the start, except the two that say `open`."""
+    """Totals since the start, except those that say `open`."""
 
     fetches: int = 0  # that ended well
     bytes: int = 0
@@ -18,6 +18,7 @@ class TransceiverMetrics:
     failures: dict[str, int] = field(default_factory=dict)  # by code
     open_fetches: int = 0
     open_leases: int = 0
+    open_leases_read: int = 0  # those that a reader has begun to read
     leases_ended: dict[str, int] = field(default_factory=dict)  # by reason
 
 
@@ -43,7 +44,7 @@ class Counts:
         else:
             self.leases_ended[event.reason] += 1
 
-    def snapshot(self, *, open_fetches: int, open_leases: int) -> TransceiverMetrics:
+    def snapshot(self, *, open_fetches: int, open_leases: int, open_leases_read: int) -> TransceiverMetrics:
         return TransceiverMetrics(
             fetches=self.by_transport.total(),
             bytes=self.bytes,
@@ -53,5 +54,6 @@ class Counts:
             failures=dict(self.failures),
             open_fetches=open_fetches,
             open_leases=open_leases,
+            open_leases_read=open_leases_read,
             leases_ended=dict(self.leases_ended),
         )

@@ -167,7 +167,11 @@ class Transceiver:
 
     def metrics(self) -> TransceiverMetrics:
         with self._lock:
-            return self._counts.snapshot(open_fetches=len(self._fetches), open_leases=len(self._leases))
+            return self._counts.snapshot(
+                open_fetches=len(self._fetches),
+                open_leases=len(self._leases),
+                open_leases_read=self._leases.num_read,
+            )
 
     def close(self) -> None:
         """Ends every fetch (their events can still be polled) and lets go of the pool's memory."""

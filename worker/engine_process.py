@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from diptych import logs
 from diptych.errors import DiptychError, ModelLoadError, StartupError
 from diptych.kv_layout import KvLayout
 from diptych.model_source import model_digest
@@ -39,9 +40,7 @@ _PROGRESS_STEP = 0.05
 def main() -> None:
     _die_with_parent()
     settings = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=EngineSettings)
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s engine: %(message)s", stream=sys.stderr
-    )
+    logs.configure(settings.log_level)
     link = EngineLink(sys.argv[1])
     try:
         engine = _build(settings, link)

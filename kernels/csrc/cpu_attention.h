@@ -19,7 +19,6 @@ struct QueryTile {
   int first_token;  // row of the batch at which the run begins
   int first_row;    // counted from first_token, a group of rows a token
   int rows;
-  int sequence;
   int head;  // KV head
 };
 

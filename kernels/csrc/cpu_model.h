@@ -24,15 +24,29 @@ struct Shape {
   ptrdiff_t block_elements() const { return num_layers * 2 * num_kv_heads * tile_elements(); }
 };
 
-// Large pages where the system grants them: streaming the weights through 4 KB pages is bound by the TLB.
+// Mirrored field by field by `_Batch` in kernels/cpu_step.py.
+struct Batch {
+  const int32_t *token_ids, *positions, *sequence_ids, *block_tables, *logits_rows;
+  int32_t num_rows, max_blocks, num_logits;
+  float* logits;
+
+  const int32_t* table(int row) const { return block_tables + (ptrdiff_t)sequence_ids[row] * max_blocks; }
+};
+
+// Where the system grants them: reading hundreds of megabytes through 4 KB pages waits for page tables. A hint: it
+// fails where the memory does not begin on a page, and that does no harm.
+inline void prefer_large_pages(void* p, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  (void)!madvise(p, bytes, MADV_HUGEPAGE);
+#endif
+}
+
 class Arena {
  public:
   explicit Arena(size_t bytes) : bytes_(round_up(bytes) + kPage) {
     base_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (base_ == MAP_FAILED) throw std::bad_alloc();
-#if defined(MADV_HUGEPAGE)
-    madvise(base_, bytes_, MADV_HUGEPAGE);
-#endif
+    prefer_large_pages(base_, bytes_);
     next_ = round_up((size_t)base_);
   }
   ~Arena() { munmap(base_, bytes_); }

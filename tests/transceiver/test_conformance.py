@@ -349,7 +349,10 @@ def test_reader_killed_in_the_middle(processes, nodes, transport):
     ticket_id, ticket = owner.offer([1, 2])
     reader.tell(fetch=ticket.hex(), indices=[0, 1], blocks=[0, 1])
     reader.hear("halfway")
-    assert owner.transceiver.metrics().open_leases == 1
+    # Over shared memory the copy does not wait for the owner to hear of it.
+    wait_until(
+        lambda: owner.transceiver.metrics().open_leases_read == 1, "the owner has not heard of the reader"
+    )
     reader.signal(signal.SIGKILL)
     ended = owner.ended(ticket_id, patience_s=2)
     assert (ended.reason, ended.block_ids) == ("peer_gone", (1, 2))

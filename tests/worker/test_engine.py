@@ -1,0 +1,168 @@
+"""The step loop with a fake model, a fake transceiver and messages from a list: no processes, no clock."""
+
+from collections import deque
+
+import pytest
+
+from diptych.transceiver.metrics import TransceiverMetrics
+from diptych.transceiver.settings import FetchDone, FetchFailed, LeaseEnded
+from diptych.wire import Abort, Release, SamplingParams, Shutdown, Submit
+from diptych.worker.blocks import BlockPool
+from diptych.worker.engine import Engine
+from diptych.worker.scheduler import Drawn, Scheduler, SchedulerLimits
+
+
+class Link:
+    def __init__(self):
+        self.inbox = deque()
+        self.sent = []
+
+    def receive(self, timeout_s):
+        while self.inbox:
+            yield self.inbox.popleft()
+
+    def send(self, message):
+        self.sent.append(message)
+
+    @property
+    def events(self):
+        return [event for message in self.sent for event in message.events]
+
+
+class Model:
+    """Draws the number of tokens before."""
+
+    def run(self, plan):
+        return [Drawn(chunk.start + chunk.count) for chunk in plan.chunks if chunk.draws]
+
+
+class Transceiver:
+    def __init__(self):
+        self.happened = []
+        self.fetches = []
+        self.offers = []
+        self.calls = []
+
+    def poll(self, now):
+        events, self.happened = self.happened, []
+        return events
+
+    def offer(self, block_ids, num_tokens):
+        self.offers.append((list(block_ids), num_tokens))
+        return f"t{len(self.offers)}", b"ticket"
+
+    def fetch(self, ticket, source_indices, destination_blocks):
+        self.fetches.append((ticket, list(source_indices), list(destination_blocks)))
+        return len(self.fetches)
+
+    def abort(self, fetch_id):
+        self.calls.append(("abort", fetch_id))
+
+    def release(self, ticket_id):
+        self.calls.append(("release", ticket_id))
+
+    def metrics(self):
+        return TransceiverMetrics()
+
+    def close(self):
+        self.calls.append("close")
+
+
+@pytest.fixture
+def parts():
+    link, transceiver = Link(), Transceiver()
+    limits = SchedulerLimits(max_batch_size=4, max_num_tokens=16, max_seq_len=64, tokens_per_block=4)
+    scheduler = Scheduler(limits, BlockPool(16))
+    engine = Engine(link, scheduler, Model(), transceiver, clock=lambda: 0.0)
+    return engine, link, transceiver, scheduler
+
+
+def submit(request_id="r", prompt=(1, 2, 3, 4, 5), max_tokens=3, **fields):
+    return Submit(
+        request_id=request_id,
+        prompt_token_ids=list(prompt),
+        params=SamplingParams(max_tokens=max_tokens, temperature=0.0),
+        **fields,
+    )
+
+
+def run(engine, link, *messages):
+    link.inbox.extend([*messages])
+    for message in link.receive(0):
+        engine._take(message)
+    for _ in range(10):
+        if engine.step() > 0:
+            return
+
+
+def test_a_request_from_submit_to_its_end(parts):
+    engine, link, _, scheduler = parts
+    run(engine, link, submit())
+    assert [event.token_ids for event in link.events] == [[5], [6], [7]]
+    assert [event.finish_reason for event in link.events] == [None, None, "length"]
+    assert link.events[0].times is not None and link.events[1].times is None
+    scheduler.check()
+
+
+def test_a_context_leg_gets_a_ticket_and_the_lease_ends_once(parts):
+    engine, link, transceiver, scheduler = parts
+    run(engine, link, submit(request_type="context_only"))
+    (event,) = link.events
+    assert event.ticket == b"ticket" and event.ticket_id == "t1" and event.finish_reason is None
+    ((blocks, num_tokens),) = transceiver.offers
+    assert num_tokens == 5 and scheduler.pool.counts().leased == len(blocks) == 2
+    run(engine, link, Release("t1"))
+    assert transceiver.calls == [("release", "t1")]
+    transceiver.happened.append(LeaseEnded("t1", tuple(blocks), "cancelled"))
+    run(engine, link)
+    assert scheduler.pool.counts().leased == 0
+    scheduler.check()
+
+
+@pytest.mark.parametrize("outcome", [FetchDone(1, 100, 0.1, 0.2, "shm"), FetchFailed(1, "stale", "reused")])
+def test_a_generation_leg_goes_on_after_its_fetch_whatever_came_of_it(parts, outcome):
+    engine, link, transceiver, _ = parts
+    leg = submit(request_type="generation_only", output_token_ids=[9], ticket=b"ticket")
+    run(engine, link, leg)
+    assert transceiver.fetches[0][:2] == (b"ticket", [0, 1]) and not link.events
+    transceiver.happened.append(outcome)
+    run(engine, link)
+    assert [event.token_ids for event in link.events] == [[6], [7]]
+    assert link.events[0].times.transport == ("shm" if isinstance(outcome, FetchDone) else "recompute")
+
+
+def test_an_abort_reaches_the_copy_and_blocks_wait_for_it(parts):
+    engine, link, transceiver, scheduler = parts
+    run(engine, link, submit(request_type="generation_only", output_token_ids=[9], ticket=b"ticket"))
+    run(engine, link, Abort("r"))
+    assert transceiver.calls == [("abort", 1)]
+    assert scheduler.pool.counts().active == 2, "a copy may still write"
+    transceiver.happened.append(FetchFailed(1, "cancelled", "aborted"))
+    run(engine, link)
+    assert scheduler.pool.counts().active == 0
+    assert [event.finish_reason for event in link.events] == ["cancelled"]
+
+
+def test_the_loop_says_how_long_it_may_sleep(parts):
+    engine, link, transceiver, _ = parts
+    assert engine.step() >= 1.0, "nothing to do"
+    link.inbox.append(submit(request_type="generation_only", output_token_ids=[9], ticket=b"t"))
+    for message in link.receive(0):
+        engine._take(message)
+    engine.step()
+    assert 0 < engine.step() < 0.1, "a copy is under way: deadlines must be looked after"
+
+
+def test_shutdown_ends_the_loop(parts):
+    engine, link, _, _ = parts
+    link.inbox.append(Shutdown())
+    engine.run()
+    engine.close()
+
+
+def test_statistics_say_where_the_blocks_are(parts):
+    engine, link, _, _ = parts
+    run(engine, link, submit())
+    stats = [message.stats for message in link.sent if message.stats][-1]
+    total = stats.free_blocks + stats.cached_blocks + stats.active_blocks + stats.leased_blocks
+    assert total == stats.total_blocks == 16 and stats.generation_tokens == 3
