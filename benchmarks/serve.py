@@ -118,6 +118,9 @@ class Benchmark:
             if name != targets[0].name:
                 result["ratio_to_first"] = ratios(result, first)
         print(table(load.label, results), flush=True)
+        for name, result in results.items():
+            for error, times in result["errors"].items():
+                print(f"{name}: {times} x {error}", file=sys.stderr, flush=True)
         return {"concurrency": load.concurrency, "request_rate": load.rate, "results": results}
 
     async def _round(self, load: Load, target: Target, prompts: list[Prompt], *, seed: int) -> Run:

@@ -65,7 +65,14 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     pass
 
 
-ToEngine = Submit | Abort | Release | Shutdown
+class WatchBlocks(msgspec.Struct, frozen=True, kw_only=True, tag="watch_blocks"):
+    """From now on, say with each step what entered and left the prefix cache; first, say all that is in it."""
+
+    enabled: bool
+    with_tokens: bool = False
+
+
+ToEngine = Submit | Abort | Release | Shutdown | WatchBlocks
 
 
 class Logprob(msgspec.Struct, frozen=True, array_like=True):
@@ -154,11 +161,38 @@ class EngineProgress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
     fraction: float | None = None
 
 
+class StoredBlock(msgspec.Struct, frozen=True, array_like=True):
+    """What a block of the prefix cache holds."""
+
+    key: int  # diptych.block_hash.block_key
+    parent: int | None  # None: the first block of a prompt without a salt
+    token_ids: list[int]
+
+
+class BlockChanges(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What entered and left a prefix cache, as packed keys (diptych.block_hash.pack_keys)."""
+
+    stored: bytes = b""
+    removed: bytes = b""
+    described: list[StoredBlock] = []  # stored ones, when asked for with their tokens
+    reset: bool = False  # `stored` is all there is
+
+
+class KvEvents(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """GET /kv_events, as msgpack: a worker's prefix cache changed from the position asked for to `last`."""
+
+    epoch: str  # the worker's incarnation
+    last: int  # position to ask for next
+    changes: BlockChanges | None = None  # None: nothing happened within the wait
+    age_s: float = 0.0  # of the oldest change
+
+
 class EngineOutput(msgspec.Struct, frozen=True, kw_only=True, tag="output", omit_defaults=True):
     """Everything one step brought, in one message."""
 
     events: list[TokenEvent] = []
     stats: EngineStats | None = None
+    blocks: BlockChanges | None = None
 
 
 FromEngine = EngineReady | EngineFailed | EngineProgress | EngineOutput

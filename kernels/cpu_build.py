@@ -1,8 +1,8 @@
 """Compiles the C++ of the CPU kernels once per machine and opens the library.
 
-The result is kept in a cache folder under a name that hashes the sources, the compiler, its flags and the CPU, so a
-changed source or another machine on a shared home folder gets its own build. Two processes may build at once: each
-writes its own file and renames it into place. Knows nothing of what the library does.
+The result is kept in a cache folder under a name that hashes the sources, the compiler, its flags and the
+CPU, so a changed source or another machine on a shared home folder gets its own build. Two processes may build
+at once: each writes its own file and renames it into place. Knows nothing of what the library does.
 """
 
 import ctypes

@@ -1,151 +1,37 @@
 """A whole step of a Llama-like decoder on the CPU: prefill and decode rows mixed, on a paged KV pool.
 
-The work is done by csrc/cpu_step.cpp, compiled on first use and called without the GIL. Weights and the operands of
-every product are bf16; the residual stream, softmax and all sums are float32. The result of a row is bit-identical
-whatever else is in the batch, however its prompt was cut into chunks, and for any number of threads.
+The work is done by csrc/cpu_step.cpp, compiled on first use and called without the GIL. Weights and the operands
+of every product are bf16; the residual stream, softmax and all sums are float32. The result of a row is
+bit-identical whatever else is in the batch, however its prompt was cut into chunks, and for any number of
+threads.
 
-Pool: bf16 ``[num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim]``, block-major. The elements of one
-(layer, K or V, head) tile are in "vnni" order, of the same size as row-major:
+Pool: bf16 ``[num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim]``, block-major. The elements
+of one (layer, K or V, head) tile are in "vnni" order, of the same size as row-major:
 
-    K  ``[tokens_per_block / 16][head_dim / 2][16][2]``   token, pair of dimensions, token, dimension of the pair
-    V  ``[head_dim / 16][tokens_per_block / 2][16][2]``   dimension, pair of tokens, dimension, token of the pair
+    K  ``[tokens_per_block / 16][head_dim / 2][16][2]``  token, dimension pair, token, dimension of the pair
+    V  ``[head_dim / 16][tokens_per_block / 2][16][2]``  dimension, token pair, dimension, token of the pair
 
-which are the operand tiles of AMX and of the AVX-512 BF16 dot product; `to_rows` and `from_rows` convert.
+which are the operand tiles of AMX and of the AVX-512 BF16 dot product; kernels/cpu_tiles.py converts. Slots past
+a sequence's last token may hold anything, NaN included.
 
-Three forms of the kernels: "amx", "avx512_bf16" and "portable" (AVX2 or whatever the compiler makes of it). The best
-one is taken; DIPTYCH_CPU_ISA names another. Their results differ in rounding, not in accuracy.
+Three forms of the kernels: "amx", "avx512_bf16" and "portable" (AVX2 or whatever the compiler makes of it). The
+best one is taken; DIPTYCH_CPU_ISA names another. Their results differ in rounding, not in accuracy.
 """
 
 import ctypes
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from diptych.kernels import cpu_build
+from diptych.kernels import cpu_library
 from diptych.kernels.cpu_build import KernelUnavailable
+from diptych.kernels.cpu_library import StepShape, isa, supports
 
-__all__ = ["CpuStep", "KernelUnavailable", "StepShape", "from_rows", "isa", "supports", "to_rows"]
+__all__ = ["CpuStep", "KernelUnavailable", "StepShape", "isa", "supports"]
 
 Int32Array = npt.NDArray[np.int32]
-
-_ISA_NAMES = ("portable", "avx512_bf16", "amx")
-_BLOCK_SIZES = (16, 32, 64, 128, 256)
-_MATRICES = {"qkv": 0, "o": 1, "gate_up": 2, "down": 3, "lm_head": 4}
-_VECTORS = {
-    "input_norm": 0,
-    "post_norm": 1,
-    "qkv_bias": 2,
-    "q_norm": 3,
-    "k_norm": 4,
-    "norm": 5,
-    "cos": 6,
-    "sin": 7,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class StepShape:
-    """What the kernels need to know of a model; `attention_scale` None means head_dim ** -0.5."""
-
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    tokens_per_block: int
-    rms_norm_eps: float
-    attention_scale: float | None = None
-    qk_norm: bool = False
-    qkv_bias: bool = False
-    sliding_window: int | None = None
-
-
-def supports(shape: StepShape) -> str | None:
-    """None when the kernels can run this shape, else the reason why not."""
-    for name in ("hidden_size", "intermediate_size", "head_dim"):
-        value = getattr(shape, name)
-        if value <= 0 or value % 32:
-            return f"{name} is {value}; the CPU kernels need a multiple of 32"
-    for name in ("num_layers", "num_kv_heads", "vocab_size"):
-        if getattr(shape, name) <= 0:
-            return f"{name} is {getattr(shape, name)}; it must be positive"
-    if shape.num_heads <= 0 or shape.num_heads % shape.num_kv_heads:
-        return f"num_heads is {shape.num_heads}; it must be a multiple of num_kv_heads ({shape.num_kv_heads})"
-    if shape.tokens_per_block not in _BLOCK_SIZES:
-        return f"tokens_per_block is {shape.tokens_per_block}; the CPU kernels need one of {_BLOCK_SIZES}"
-    if shape.sliding_window is not None and shape.sliding_window <= 0:
-        return f"sliding_window is {shape.sliding_window}; it must be positive or None"
-    if shape.attention_scale is not None and not shape.attention_scale > 0:
-        return f"attention_scale is {shape.attention_scale}; it must be positive or None"
-    return None
-
-
-def isa() -> str:
-    """Which form runs on this machine: "amx", "avx512_bf16" or "portable". Builds the kernels if need be."""
-    return _ISA_NAMES[_load()[1]]
-
-
-class _Shape(ctypes.Structure):
-    _fields_ = (
-        *(
-            (name, ctypes.c_int32)
-            for name in (
-                "num_layers",
-                "hidden_size",
-                "intermediate_size",
-                "num_heads",
-                "num_kv_heads",
-                "head_dim",
-                "vocab_size",
-                "tokens_per_block",
-                "max_positions",
-                "sliding_window",
-                "qk_norm",
-                "qkv_bias",
-            )
-        ),
-        ("rms_norm_eps", ctypes.c_float),
-        ("attention_scale", ctypes.c_float),
-    )
-
-
-class _Batch(ctypes.Structure):
-    _fields_ = (
-        ("token_ids", ctypes.c_void_p),
-        ("positions", ctypes.c_void_p),
-        ("sequence_ids", ctypes.c_void_p),
-        ("block_tables", ctypes.c_void_p),
-        ("logits_rows", ctypes.c_void_p),
-        ("num_rows", ctypes.c_int32),
-        ("max_blocks", ctypes.c_int32),
-        ("num_logits", ctypes.c_int32),
-        ("logits", ctypes.c_void_p),
-    )
-
-
-def _load() -> tuple[ctypes.CDLL, int]:
-    """The library and the number of the form to use."""
-    wanted = os.environ.get("DIPTYCH_CPU_ISA") or None
-    if wanted is not None and wanted not in _ISA_NAMES:
-        raise KernelUnavailable(f"DIPTYCH_CPU_ISA is {wanted!r}; it must be one of {', '.join(_ISA_NAMES)}")
-    library = cpu_build.load("cpu_step.cpp", portable=wanted == "portable")
-    library.diptych_create.restype = ctypes.c_void_p
-    best: int = library.diptych_isa()
-    if wanted is None:
-        return library, best
-    form = _ISA_NAMES.index(wanted)
-    if form > best:
-        raise KernelUnavailable(
-            f"DIPTYCH_CPU_ISA is {wanted!r}, but this machine offers {_ISA_NAMES[best]!r}"
-        )
-    return library, form
 
 
 class CpuStep:
@@ -170,9 +56,11 @@ class CpuStep:
             )
         self.shape = shape
         self.max_positions = int(cos.shape[0])
-        self._library, form = _load()
+        self._library, form = cpu_library.load()
         self._handle: int | None = self._library.diptych_create(
-            ctypes.byref(_c_shape(shape, self.max_positions)), ctypes.c_int(num_threads), ctypes.c_int(form)
+            ctypes.byref(cpu_library.c_shape(shape, self.max_positions)),
+            ctypes.c_int(num_threads),
+            ctypes.c_int(form),
         )
         if not self._handle:
             raise MemoryError("there is not enough memory for the packed weights")
@@ -191,8 +79,8 @@ class CpuStep:
             raise ValueError("the pool must be a contiguous bfloat16 or uint8 tensor in host memory")
         if pool.nbytes == 0 or pool.nbytes % block_bytes or pool.data_ptr() % 64:
             raise ValueError(
-                f"the pool has {pool.nbytes} bytes at {pool.data_ptr():#x}; it must be whole blocks of {block_bytes}"
-                " bytes and begin at a multiple of 64"
+                f"the pool has {pool.nbytes} bytes at {pool.data_ptr():#x}; it must be whole blocks of"
+                f" {block_bytes} bytes and begin at a multiple of 64"
             )
         self._pool = pool
         self._num_blocks = pool.nbytes // block_bytes
@@ -210,9 +98,9 @@ class CpuStep:
     ) -> torch.Tensor:
         """Logits, float32 [R, vocab_size], of the rows named in `logits_rows`; writes K and V of all T rows.
 
-        Row t is token `token_ids[t]` at `positions[t]` of sequence `sequence_ids[t]`, a row of `block_tables`. Rows of
-        one sequence are consecutive, with rising positions. The tensor is a buffer of this object: it holds until
-        the next call.
+        Row t is token `token_ids[t]` at `positions[t]` of sequence `sequence_ids[t]`, a row of `block_tables`.
+        Rows of one sequence are consecutive, with rising positions. The tensor is a buffer of this object: it
+        holds until the next call.
         """
         handle = self._open_handle()
         if self._pool is None:
@@ -225,7 +113,7 @@ class CpuStep:
         if len(wanted) > len(self._logits):
             self._logits = torch.empty(len(wanted), self.shape.vocab_size)
         pointers = [ctypes.c_void_p(array.ctypes.data) for array in (*rows, tables, wanted)]
-        batch = _Batch(
+        batch = cpu_library.Batch(
             *pointers, len(rows[0]), tables.shape[1], len(wanted), ctypes.c_void_p(self._logits.data_ptr())
         )
         if self._library.diptych_forward(handle, ctypes.byref(batch)):
@@ -255,8 +143,8 @@ class CpuStep:
         count = len(token_ids)
         if count == 0 or len(positions) != count or len(sequence_ids) != count:
             raise ValueError(
-                f"token_ids ({count}), positions ({len(positions)}) and sequence_ids ({len(sequence_ids)}) must have"
-                " one length, at least 1"
+                f"token_ids ({count}), positions ({len(positions)}) and sequence_ids ({len(sequence_ids)})"
+                " must have one length, at least 1"
             )
         size = self.shape.tokens_per_block
         _check_range("token_ids", token_ids, self.shape.vocab_size)
@@ -305,39 +193,14 @@ class CpuStep:
     def _set_matrix(self, name: str, layer: int, weight: torch.Tensor) -> None:
         weight = weight.to(torch.bfloat16).contiguous()
         pointer = ctypes.c_void_p(weight.data_ptr())
-        self._library.diptych_set_matrix(self._open_handle(), layer, _MATRICES[name], pointer)
+        self._library.diptych_set_matrix(self._open_handle(), layer, cpu_library.MATRICES[name], pointer)
 
     def _set_vector(self, name: str, layer: int, values: torch.Tensor) -> None:
         values = values.to(torch.float32).contiguous()
         pointer, count = ctypes.c_void_p(values.data_ptr()), ctypes.c_int64(values.numel())
-        self._library.diptych_set_vector(self._open_handle(), layer, _VECTORS[name], pointer, count)
-
-
-def to_rows(tiles: torch.Tensor) -> torch.Tensor:
-    """Blocks ``[..., 2, num_kv_heads, tokens_per_block, head_dim]`` from the order of the kernels to row-major."""
-    keys, values = tiles.select(-4, 0), tiles.select(-4, 1)
-    *lead, tokens, dim = keys.shape
-    by_token = keys.reshape(*lead, tokens // 16, dim // 2, 16, 2).transpose(-3, -2).reshape(keys.shape)
-    by_dim = values.reshape(*lead, dim // 16, tokens // 2, 16, 2).movedim((-3, -1, -4, -2), (-4, -3, -2, -1))
-    return torch.stack((by_token, by_dim.reshape(values.shape)), dim=-4)
-
-
-def from_rows(rows: torch.Tensor) -> torch.Tensor:
-    """The inverse of `to_rows`."""
-    keys, values = rows.select(-4, 0), rows.select(-4, 1)
-    *lead, tokens, dim = keys.shape
-    by_token = keys.reshape(*lead, tokens // 16, 16, dim // 2, 2).transpose(-3, -2).reshape(keys.shape)
-    by_dim = values.reshape(*lead, tokens // 2, 2, dim // 16, 16).movedim((-2, -4, -1, -3), (-4, -3, -2, -1))
-    return torch.stack((by_token, by_dim.reshape(values.shape)), dim=-4)
-
-
-def _c_shape(shape: StepShape, max_positions: int) -> _Shape:
-    values: dict[str, Any] = {name: getattr(shape, name, None) for name, _ in _Shape._fields_}
-    values["max_positions"] = max_positions
-    values["sliding_window"] = shape.sliding_window or 0
-    if shape.attention_scale is None:
-        values["attention_scale"] = shape.head_dim**-0.5
-    return _Shape(**values)
+        self._library.diptych_set_vector(
+            self._open_handle(), layer, cpu_library.VECTORS[name], pointer, count
+        )
 
 
 def _weight(weights: Mapping[str, torch.Tensor], name: str, *size: int) -> torch.Tensor:

@@ -80,6 +80,19 @@ class WorkerClient:
             raise WorkerLost(f"The worker at {self.url} cannot be reached: {error}.") from error
         return connection
 
+    @property
+    def last_heard(self) -> float:
+        """When the last byte came on a connection in use; 0 when none did."""
+        return max((c.exchange.last_read for c in self.connections if c.exchange is not None), default=0.0)
+
+    def cut(self, error: WorkerLost) -> None:
+        """Whatever runs on this worker ends with the error; what it still sends goes nowhere."""
+        for connection in tuple(self.connections):
+            if connection.exchange is not None:
+                connection.exchange.fail(error)
+            else:
+                connection.abort()
+
     def close(self) -> None:
         """Close idle connections now, and those in use when their exchange ends."""
         self._closed = True

@@ -104,7 +104,7 @@ class Exchange:
         "_deadline",
         "_error",
         "_finished",
-        "_last_read",
+        "last_read",
         "_loop",
         "_message",
         "_partial_head",
@@ -133,7 +133,7 @@ class Exchange:
         self._paused = False
         self._finished = False
         self._error: DiptychError | None = None
-        self._last_read = 0.0
+        self.last_read = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -227,7 +227,7 @@ class Exchange:
 
     def feed(self, data: bytes) -> None:
         """Called by the connection with each read."""
-        self._last_read = time.monotonic()
+        self.last_read = time.monotonic()
         try:
             if self._body is None:
                 data = self._read_head(data)
@@ -235,7 +235,7 @@ class Exchange:
                 return
             payload = self._body.feed(data) if data else b""
         except MalformedResponse as error:
-            self._fail(WorkerLost(f"The worker at {self._client.url} does not speak HTTP/1.1: {error}."))
+            self.fail(WorkerLost(f"The worker at {self._client.url} does not speak HTTP/1.1: {error}."))
             return
         if payload:
             self._pass(payload)
@@ -246,11 +246,11 @@ class Exchange:
         """Called by the connection when it is closed."""
         if self._body is not None and self._body.ends_at_close:
             self._finish()
-        elif self._reused and self._last_read == 0.0:
-            self._fail(_StaleConnection("stale connection"))
+        elif self._reused and self.last_read == 0.0:
+            self.fail(_StaleConnection("stale connection"))
         else:
             when = "before it answered" if self._body is None else "in the middle of its answer"
-            self._fail(WorkerLost(f"The worker at {self._client.url} closed the connection {when}."))
+            self.fail(WorkerLost(f"The worker at {self._client.url} closed the connection {when}."))
 
     def _read_head(self, data: bytes) -> bytes:
         data = self._partial_head + data
@@ -282,7 +282,7 @@ class Exchange:
 
     def _resume(self) -> None:
         self._paused = False
-        self._last_read = time.monotonic()
+        self.last_read = time.monotonic()
         if self._connection is not None and self._connection.transport is not None:
             self._connection.transport.resume_reading()
 
@@ -295,13 +295,13 @@ class Exchange:
         now = time.monotonic()
         idle_s = self._client.limits.idle_s
         if now >= self._deadline:
-            self._fail(self._too_late())
+            self.fail(self._too_late())
         elif self._body is None or self._paused:  # computing, or waiting for a slow client: not idle
             self._arm_timer(now + idle_s)
-        elif now >= self._last_read + idle_s:
-            self._fail(DeadlineExceeded(f"The worker at {self._client.url} sent nothing for {idle_s:g} s."))
+        elif now >= self.last_read + idle_s:
+            self.fail(DeadlineExceeded(f"The worker at {self._client.url} sent nothing for {idle_s:g} s."))
         else:
-            self._arm_timer(self._last_read + idle_s)
+            self._arm_timer(self.last_read + idle_s)
 
     def _too_late(self) -> DeadlineExceeded:
         return DeadlineExceeded(f"The worker at {self._client.url} did not finish before the deadline.")
@@ -317,7 +317,7 @@ class Exchange:
             self._client.give_back(connection, reusable=reusable and not self._paused)
         self._wake()
 
-    def _fail(self, error: DiptychError) -> None:
+    def fail(self, error: DiptychError) -> None:
         if self._finished or self._error is not None:
             return
         self._error = error

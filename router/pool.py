@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Literal
 
 from diptych.discovery import Registry, Snapshot
-from diptych.errors import DeadlineExceeded, DiptychError
+from diptych.errors import DeadlineExceeded, DiptychError, WorkerLost
 from diptych.router.client import WorkerClient
 from diptych.router.deadline import within
 from diptych.router.probe import WorkerFacts, ask
@@ -23,12 +23,24 @@ from diptych.wire import WorkerInfo
 
 LegRole = Literal["CONTEXT", "GENERATION"]
 _log = logging.getLogger(__name__)
+_PROVEN = 32  # legs at once that end a probation
 
 
 class WorkerView:
     """What the router knows of one worker."""
 
-    __slots__ = ("_models", "client", "facts", "in_flight", "info", "kick", "misses", "probed")
+    __slots__ = (
+        "_models",
+        "allowance",
+        "client",
+        "facts",
+        "in_flight",
+        "incarnation",
+        "info",
+        "kick",
+        "misses",
+        "probed",
+    )
 
     def __init__(self, info: WorkerInfo, limits: Limits) -> None:
         self.info = info
@@ -37,6 +49,8 @@ class WorkerView:
         self._models: tuple[str, ...] = ()
         self.probed = False
         self.misses = 0  # probes in a row that were not answered in time
+        self.incarnation = ""  # of the process that answered last
+        self.allowance: int | None = None  # legs at once while it is on probation; None: it is not
         self.in_flight = 0
         self.kick = asyncio.Event()
 
@@ -54,6 +68,11 @@ class WorkerView:
         if self.facts is None:
             return "DOWN" if self.probed else "STARTING"
         return self.info.state if self.info.state != "READY" else self.facts.state
+
+    @property
+    def is_full(self) -> bool:
+        """On probation after it was down, and with as many legs as it may have."""
+        return self.allowance is not None and self.in_flight >= self.allowance
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -80,6 +99,8 @@ class WorkerView:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.in_flight -= 1
+        if self.allowance is not None and error is None:
+            self.allowance = self.allowance * 2 if self.allowance < _PROVEN else None
 
 
 class Pool:
@@ -133,6 +154,7 @@ class Pool:
         if worker.facts is not None:
             _log.warning("worker %s is down: %s", worker.worker_id, error.message)
             worker.facts = None
+            worker.allowance = 1
             worker.kick.set()
             self._note_change()
 
@@ -206,7 +228,7 @@ class Pool:
             await self._probe(worker)
             if worker.facts is not None:
                 retry_s = self._limits.probe_retry_s
-                delay_s = self._limits.probe_interval_s
+                delay_s = 0.0 if worker.misses else self._limits.probe_interval_s
             else:
                 delay_s = retry_s
                 retry_s = min(retry_s * 1.6, self._limits.probe_retry_max_s)
@@ -223,18 +245,24 @@ class Pool:
             await asyncio.sleep(self._limits.probe_retry_s * self._rng.uniform(0.8, 1.2))
 
     async def _probe(self, worker: WorkerView) -> None:
-        deadline = time.monotonic() + self._limits.probe_s
+        asked = time.monotonic()
+        deadline = asked + self._limits.probe_s
         before = worker.state
         try:
             facts: WorkerFacts | None = await ask(worker.client, deadline)
             worker.misses = 0
             reason = ""
+            self._fence(worker, facts)
         except DeadlineExceeded as error:
-            worker.misses += 1  # one late answer of a busy worker is not a death
+            # One late answer of a busy worker is not a death, and none that streams is dead.
+            worker.misses = 0 if worker.client.last_heard > asked else worker.misses + 1
             facts = worker.facts if worker.misses < 2 else None
             reason = error.message
         except DiptychError as error:
             facts, reason = None, error.message
+        if facts is None and worker.facts is not None:
+            worker.allowance = 1
+            worker.client.cut(WorkerLost(f"The worker at {worker.client.url} does not answer: {reason}"))
         if facts == worker.facts and worker.probed:
             return
         worker.learn(facts)
@@ -246,6 +274,13 @@ class Pool:
                 level, "worker %s is %s%s", worker.worker_id, worker.state, f": {reason}" if reason else ""
             )
         self._compare_models()
+
+    def _fence(self, worker: WorkerView, facts: WorkerFacts) -> None:
+        """Another process answers at this address: what still runs there belongs to one that is gone."""
+        if worker.incarnation and facts.incarnation != worker.incarnation:
+            worker.client.cut(WorkerLost(f"The worker at {worker.client.url} was started anew."))
+            worker.allowance = 1
+        worker.incarnation = facts.incarnation
 
     def _compare_models(self) -> None:
         """A mesh is meant to serve one model; say so once for each set of models seen."""

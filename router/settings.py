@@ -44,9 +44,10 @@ class Limits:
     connect_s: float = 3.0
     idle_s: float = 60.0  # between two reads of one response body
     keep_alive_s: float = 30.0  # an idle connection older than this is not used again
-    probe_s: float = 2.0
-    probe_interval_s: float = 5.0  # of a worker that answers
+    probe_s: float = 1.0  # two probes in a row that take longer: the worker hangs
+    probe_interval_s: float = 1.0  # of a worker that answers
     probe_retry_s: float = 1.0  # of one that does not, at first
     probe_retry_max_s: float = 10.0
+    resume_wait_s: float = 10.0  # a begun stream waits so long for a worker to go on with
     release_s: float = 5.0
     shutdown_s: float = 30.0  # for running requests, after SIGTERM

@@ -13,13 +13,13 @@ Every block has a generation number that grows when the block is given to a new 
 old content can tell.
 """
 
-import hashlib
-from array import array
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import msgspec
+
+from diptych.worker.block_changes import ChangeRecorder
 
 
 class Generations(Protocol):
@@ -35,11 +35,6 @@ class BlockCounts(msgspec.Struct, frozen=True):
     active: int
     leased: int
     total: int
-
-
-def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """128-bit chain hash of a full block; `parent` is the previous block's hash, or the salt for the first one."""
-    return hashlib.blake2b(array("i", token_ids).tobytes(), key=parent[:64], digest_size=16).digest()
 
 
 class BlockPool:
@@ -62,6 +57,7 @@ class BlockPool:
         self._num_leased = 0
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
+        self._recorder: ChangeRecorder | None = None
 
     @property
     def num_available(self) -> int:
@@ -80,6 +76,17 @@ class BlockPool:
                 break
             blocks.append(block)
         return blocks
+
+    @property
+    def recorder(self) -> ChangeRecorder | None:
+        """Present while somebody wants to know what enters and leaves the cache."""
+        return self._recorder
+
+    def record_changes(self, *, with_tokens: bool) -> None:
+        self._recorder = ChangeRecorder(self._block_of, with_tokens=with_tokens)
+
+    def stop_recording(self) -> None:
+        self._recorder = None
 
     def take(self, blocks: Iterable[int]) -> None:
         """Add one reference to each."""
@@ -114,6 +121,8 @@ class BlockPool:
         if self._reuse and block not in self._hash_of and block_hash not in self._block_of:
             self._hash_of[block] = block_hash
             self._block_of[block_hash] = block
+            if self._recorder is not None:
+                self._recorder.stored(block_hash)
 
     def release(self, blocks: Sequence[int]) -> None:
         """Drop one reference of each. The last blocks of a prefix become the first to be evicted."""
@@ -167,4 +176,7 @@ class BlockPool:
             self._free.append(block)
 
     def _forget(self, block: int) -> None:
-        del self._block_of[self._hash_of.pop(block)]
+        block_hash = self._hash_of.pop(block)
+        del self._block_of[block_hash]
+        if self._recorder is not None:
+            self._recorder.removed(block_hash)

@@ -23,6 +23,7 @@ from diptych.wire import (
     Submit,
     ToEngine,
     TokenEvent,
+    WatchBlocks,
 )
 from diptych.worker.iteration import iteration_stats
 from diptych.worker.scheduler import Commit, Drawn, Offer, Scheduler, StepPlan
@@ -122,6 +123,10 @@ class Engine:
                         self._transceiver.abort(fetch_id)
             case Release():
                 self._transceiver.release(message.ticket_id)
+            case WatchBlocks(enabled=True):
+                self._scheduler.pool.record_changes(with_tokens=message.with_tokens)
+            case WatchBlocks():
+                self._scheduler.pool.stop_recording()
 
     def _poll_transceiver(self, now: float) -> None:
         for event in self._transceiver.poll(now):
@@ -163,8 +168,10 @@ class Engine:
                 stats = None
             else:
                 self._stats_sent, self._stats_at = stats, now
-        if events or stats is not None:
-            self._link.send(EngineOutput(events=events, stats=stats))
+        recorder = self._scheduler.pool.recorder
+        blocks = None if recorder is None else recorder.drain()
+        if events or stats is not None or blocks is not None:
+            self._link.send(EngineOutput(events=events, stats=stats, blocks=blocks))
 
     def _stats(self, plan: StepPlan, started: float, now: float) -> EngineStats:
         scheduler = self._scheduler

@@ -18,6 +18,7 @@ import zmq.asyncio
 from diptych.errors import ModelLoadError, StartupError
 from diptych.wire import (
     Abort,
+    BlockChanges,
     EngineFailed,
     EngineOutput,
     EngineProgress,
@@ -28,6 +29,7 @@ from diptych.wire import (
     Submit,
     ToEngine,
     TokenEvent,
+    WatchBlocks,
 )
 from diptych.worker.link import decode_from_engine, encode
 from diptych.worker.settings import EngineSettings
@@ -57,6 +59,7 @@ class EngineClient:
         self.ready: EngineReady | None = None
         self.stats = EngineStats()
         self.on_iteration: Callable[[EngineStats], None] | None = None
+        self.on_blocks: Callable[[BlockChanges], None] | None = None
         self.died: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     @property
@@ -96,6 +99,10 @@ class EngineClient:
 
     def release(self, ticket_id: str) -> None:
         self._send(Release(ticket_id))
+
+    def watch_blocks(self, *, enabled: bool, with_tokens: bool = False) -> None:
+        """What enters and leaves the prefix cache goes to `on_blocks`, or no longer does."""
+        self._send(WatchBlocks(enabled=enabled, with_tokens=with_tokens))
 
     async def close(self) -> None:
         if self._process is not None and self._process.returncode is None:
@@ -139,6 +146,8 @@ class EngineClient:
                 self.stats = message.stats
                 if message.stats.iteration is not None and self.on_iteration is not None:
                     self.on_iteration(message.stats)
+            if message.blocks is not None and self.on_blocks is not None:
+                self.on_blocks(message.blocks)
             for event in message.events:
                 self._deliver(event)
 

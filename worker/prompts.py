@@ -3,7 +3,7 @@
 import asyncio
 
 from diptych.errors import ContextLengthExceeded, InvalidRequest
-from diptych.openai import ChatRequest, CompletionRequest
+from diptych.openai import ChatRequest, CompletionRequest, encode_prompt, prompt_texts, truncated
 from diptych.text import Tokenizer
 
 # Longer texts are tokenized on a thread: a megabyte takes a second, and other streams must not stand still.
@@ -18,20 +18,11 @@ async def tokenize_prompts(
     vocab_size: int,
 ) -> list[list[int]]:
     """The token ids of each prompt of the request, checked against the vocabulary."""
-    prompts: list[str] | list[list[int]]
-    if isinstance(request, CompletionRequest):
-        prompts = request.prompts
-    elif request.token_prompts is not None:
-        prompts = request.token_prompts
-    else:
-        prompts = [_render(request, tokenizer, chat_template)]
+    prompts = prompt_texts(request, tokenizer, chat_template)
     token_prompts = [await _encode(prompt, request, tokenizer) for prompt in prompts]
-    keep = request.truncate_prompt_tokens
-    for index, token_ids in enumerate(token_prompts):
+    for token_ids in token_prompts:
         _check_ids(token_ids, vocab_size)
-        if keep is not None:
-            token_prompts[index] = token_ids[-keep:]
-    return token_prompts
+    return [truncated(token_ids, request) for token_ids in token_prompts]
 
 
 def check_length(num_prompt: int, max_tokens: int | None, max_seq_len: int) -> None:
@@ -50,22 +41,12 @@ def check_length(num_prompt: int, max_tokens: int | None, max_seq_len: int) -> N
         )
 
 
-def _render(request: ChatRequest, tokenizer: Tokenizer, chat_template: str | None) -> str:
-    variables = request.template_variables
-    if variables["chat_template"] is None:
-        variables["chat_template"] = chat_template
-    return tokenizer.apply_chat_template(request.messages, **variables)
-
-
 async def _encode(
     prompt: str | list[int], request: CompletionRequest | ChatRequest, tokenizer: Tokenizer
 ) -> list[int]:
-    if isinstance(prompt, list):
-        return prompt
-    special = request.add_special_tokens
-    if len(prompt) <= _INLINE_CHARS:
-        return tokenizer.encode(prompt, add_special_tokens=special)
-    return await asyncio.to_thread(tokenizer.encode, prompt, add_special_tokens=special)
+    if len(prompt) <= _INLINE_CHARS or isinstance(prompt, list):
+        return encode_prompt(prompt, request, tokenizer)
+    return await asyncio.to_thread(encode_prompt, prompt, request, tokenizer)
 
 
 def _check_ids(token_ids: list[int], vocab_size: int) -> None:

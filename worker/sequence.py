@@ -11,8 +11,8 @@
 import enum
 from dataclasses import dataclass, field
 
+from diptych.block_hash import first_parent, hash_block
 from diptych.wire import SequenceTimes, Submit
-from diptych.worker.blocks import hash_block
 
 
 class Status(enum.Enum):
@@ -68,12 +68,14 @@ class Sequence:
         timeout_s = self.request.timeout_s
         return None if timeout_s is None else self.arrival + timeout_s
 
+    def parent_hash(self, index: int) -> bytes:
+        """What the hash of the block at `index` builds on."""
+        return self.hashes[index - 1] if index else first_parent(self.request.cache_salt)
+
     def extend_hashes(self, tokens_per_block: int, num_tokens: int) -> None:
         """Hash the full blocks of ``tokens[:num_tokens]`` that have no hash yet."""
-        salt = self.request.cache_salt.encode()[:64]
         for start in range(len(self.hashes) * tokens_per_block, num_tokens, tokens_per_block):
             end = start + tokens_per_block
             if end > num_tokens:
                 break
-            parent = self.hashes[-1] if self.hashes else salt
-            self.hashes.append(hash_block(parent, self.tokens[start:end]))
+            self.hashes.append(hash_block(self.parent_hash(len(self.hashes)), self.tokens[start:end]))

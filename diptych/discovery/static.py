@@ -69,6 +69,7 @@ class StaticLease:
     def __init__(self, registry: StaticRegistry, worker_id: str) -> None:
         self._registry = registry
         self._worker_id = worker_id
+        self.removed = asyncio.Event()  # stays clear: nobody else can reach this list
 
     async def update(self, info: WorkerInfo) -> None:
         if info.worker_id != self._worker_id:

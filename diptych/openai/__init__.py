@@ -2,6 +2,7 @@
 
 from diptych.openai.disagg import DisaggregatedParams, encode_ticket
 from diptych.openai.parse import parse_chat, parse_completion
+from diptych.openai.prompts import encode_prompt, prompt_texts, truncated
 from diptych.openai.requests import ChatRequest, CompletionRequest, GenerationRequest
 from diptych.openai.responses import (
     ChoiceResult,
@@ -29,12 +30,15 @@ __all__ = [
     "SamplingDefaults",
     "StreamWriter",
     "Usage",
+    "encode_prompt",
     "encode_ticket",
     "new_head",
     "new_response_id",
     "parse_chat",
     "parse_completion",
+    "prompt_texts",
     "render_response",
     "to_choice_text",
     "to_sampling_params",
+    "truncated",
 ]

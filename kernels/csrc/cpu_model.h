@@ -10,7 +10,7 @@
 
 namespace diptych {
 
-// Mirrored field by field by `_Shape` in kernels/cpu_step.py.
+// Mirrored field by field by `Shape` in kernels/cpu_library.py.
 struct Shape {
   int32_t num_layers, hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, vocab_size;
   int32_t tokens_per_block, max_positions, sliding_window;  // sliding_window 0: none
@@ -24,7 +24,7 @@ struct Shape {
   ptrdiff_t block_elements() const { return num_layers * 2 * num_kv_heads * tile_elements(); }
 };
 
-// Mirrored field by field by `_Batch` in kernels/cpu_step.py.
+// Mirrored field by field by `Batch` in kernels/cpu_library.py.
 struct Batch {
   const int32_t *token_ids, *positions, *sequence_ids, *block_tables, *logits_rows;
   int32_t num_rows, max_blocks, num_logits;

@@ -1,14 +1,15 @@
-"""The CPU step against a plain float32 model written here, and its promise that a row depends on nothing else."""
+"""The CPU step against a float32 model written here, and its promise that a row depends on itself alone."""
 
 import concurrent.futures
 import dataclasses
+import itertools
 import logging
 
 import numpy as np
 import pytest
 import torch
 
-from diptych.kernels import cpu_build, cpu_step
+from diptych.kernels import cpu_build, cpu_step, cpu_tiles
 from diptych.kernels.cpu_step import CpuStep, KernelUnavailable, StepShape
 
 ISAS = ("amx", "avx512_bf16", "portable")
@@ -190,7 +191,7 @@ def test_prefill_and_decode_agree_with_a_float32_model(any_isa, make_runner, cha
     expected = reference(shape, weights, tokens)
     runner = make_runner(shape, weights)
     cuts = (0, 45, 46, 47, 96, 117, 118, 119)
-    parts = [runner.run({2: tokens[start:end]})[2] for start, end in zip(cuts, cuts[1:], strict=False)]
+    parts = [runner.run({2: tokens[start:end]})[2] for start, end in itertools.pairwise(cuts)]
     assert_close(torch.cat(parts), expected)
 
 
@@ -288,7 +289,7 @@ def test_the_documented_tile_order_is_the_one_in_the_pool(make_runner):
     tokens = random_tokens(40)
     runner = make_runner(shape, weights)
     runner.run({0: tokens})
-    rows = cpu_step.to_rows(runner.pool[runner.tables[0, :2]])
+    rows = cpu_tiles.to_rows(runner.pool[runner.tables[0, :2]])
     embedded = weights["embed_tokens"].float()[torch.tensor(tokens)]
     hidden = rms_norm(embedded, weights["layers.0.input_norm"], shape.rms_norm_eps)
     qkv = (hidden @ weights["layers.0.qkv"].float().T).view(40, -1, shape.head_dim)
@@ -297,7 +298,7 @@ def test_the_documented_tile_order_is_the_one_in_the_pool(make_runner):
     written = rows[:, 0].movedim(0, 2).flatten(2, 3)[:, :, :40].float()
     torch.testing.assert_close(written, expected, rtol=0.05, atol=0.05)
     assert torch.equal(
-        cpu_step.from_rows(rows).view(torch.int16), runner.pool[runner.tables[0, :2]].view(torch.int16)
+        cpu_tiles.from_rows(rows).view(torch.int16), runner.pool[runner.tables[0, :2]].view(torch.int16)
     )
 
 
