@@ -188,7 +188,8 @@ class Benchmark:
 
 async def measure(options: argparse.Namespace) -> dict[str, Any]:
     timeout = aiohttp.ClientTimeout(total=options.timeout)
-    connector = aiohttp.TCPConnector(limit=0)
+    # A connection for each request: some servers close theirs after a stream, which would count as an error.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         return await Benchmark(options, session).run()
 

@@ -194,16 +194,10 @@ _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 
 
 def _run_router(config: Any) -> None:
-    import asyncio
+    from diptych.discovery.connect import router_registry
+    from diptych.router.server import serve
 
-    from diptych.discovery.static import StaticRegistry
-    from diptych.router.app import run
-
-    async def route() -> None:
-        registry = StaticRegistry.from_urls(config.context_servers.urls, config.generation_servers.urls)
-        await run(config, registry)
-
-    asyncio.run(route())
+    serve(config, router_registry)
 
 
 def _refuse_discovery(given: dict[str, Any]) -> None:

@@ -109,7 +109,8 @@ class Cancelled(DiptychError):
 
 
 class TransferError(DiptychError):
-    """A KV transfer that did not deliver; the reader recomputes. code: peer_gone, stale, corrupt, deadline, layout."""
+    """A KV transfer that did not deliver; the reader recomputes. code: peer_gone, stale,
+    corrupt, deadline, layout, refused, cancelled, internal."""
 
     type = "transfer_error"
     retryable = True

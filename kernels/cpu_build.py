@@ -1,8 +1,8 @@
 """Compiles the C++ of the CPU kernels once per machine and opens the library.
 
 The result is kept in a cache folder under a name that hashes the sources, the compiler, its flags and the
-CPU, so a changed source or another machine on a shared home folder gets its own build. Two processes may build
-at once: each writes its own file and renames it into place. Knows nothing of what the library does.
+CPU, so a changed source or another machine on a shared home folder gets its own build. Two processes may
+build at once: each writes its own file and renames it into place. Knows nothing of what the library does.
 """
 
 import ctypes
@@ -33,8 +33,12 @@ class KernelUnavailable(Exception):
 def cache_folder() -> Path:
     if chosen := os.environ.get("DIPTYCH_CACHE_DIR"):
         return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "diptych"
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "diptych"
+    try:
+        return Path("~/.cache/diptych").expanduser()
+    except RuntimeError as error:
+        raise KernelUnavailable("there is no home folder for the build; set DIPTYCH_CACHE_DIR") from error
 
 
 def find_compiler() -> list[str]:

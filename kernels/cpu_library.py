@@ -4,9 +4,9 @@ Knows how to ask for a library and what shapes it takes; holds no weights and ru
 """
 
 import ctypes
+import dataclasses
 import os
 from dataclasses import dataclass
-from typing import Any
 
 from diptych.kernels import cpu_build
 from diptych.kernels.cpu_build import KernelUnavailable
@@ -70,25 +70,25 @@ def isa() -> str:
     return ISA_NAMES[load()[1]]
 
 
+_INTEGERS = (
+    "num_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "vocab_size",
+    "tokens_per_block",
+    "max_positions",
+    "sliding_window",
+    "qk_norm",
+    "qkv_bias",
+)
+
+
 class Shape(ctypes.Structure):
     _fields_ = (
-        *(
-            (name, ctypes.c_int32)
-            for name in (
-                "num_layers",
-                "hidden_size",
-                "intermediate_size",
-                "num_heads",
-                "num_kv_heads",
-                "head_dim",
-                "vocab_size",
-                "tokens_per_block",
-                "max_positions",
-                "sliding_window",
-                "qk_norm",
-                "qkv_bias",
-            )
-        ),
+        *((name, ctypes.c_int32) for name in _INTEGERS),
         ("rms_norm_eps", ctypes.c_float),
         ("attention_scale", ctypes.c_float),
     )
@@ -125,9 +125,7 @@ def load() -> tuple[ctypes.CDLL, int]:
 
 
 def c_shape(shape: StepShape, max_positions: int) -> Shape:
-    values: dict[str, Any] = {name: getattr(shape, name, None) for name in Shape.names}
-    values["max_positions"] = max_positions
+    values = dataclasses.asdict(shape) | {"max_positions": max_positions}
     values["sliding_window"] = shape.sliding_window or 0
-    if shape.attention_scale is None:
-        values["attention_scale"] = shape.head_dim**-0.5
+    values["attention_scale"] = shape.attention_scale or shape.head_dim**-0.5
     return Shape(**values)

@@ -1,21 +1,21 @@
 """A whole step of a Llama-like decoder on the CPU: prefill and decode rows mixed, on a paged KV pool.
 
-The work is done by csrc/cpu_step.cpp, compiled on first use and called without the GIL. Weights and the operands
-of every product are bf16; the residual stream, softmax and all sums are float32. The result of a row is
-bit-identical whatever else is in the batch, however its prompt was cut into chunks, and for any number of
+The work is done by csrc/cpu_step.cpp, compiled on first use and called without the GIL. Weights and the
+operands of every product are bf16; the residual stream, softmax and all sums are float32. The result of a row
+is bit-identical whatever else is in the batch, however its prompt was cut into chunks, and for any number of
 threads.
 
-Pool: bf16 ``[num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim]``, block-major. The elements
-of one (layer, K or V, head) tile are in "vnni" order, of the same size as row-major:
+Pool: bf16 ``[num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim]``, block-major. The
+elements of one (layer, K or V, head) tile are in "vnni" order, of the same size as row-major:
 
     K  ``[tokens_per_block / 16][head_dim / 2][16][2]``  token, dimension pair, token, dimension of the pair
     V  ``[head_dim / 16][tokens_per_block / 2][16][2]``  dimension, token pair, dimension, token of the pair
 
-which are the operand tiles of AMX and of the AVX-512 BF16 dot product; kernels/cpu_tiles.py converts. Slots past
-a sequence's last token may hold anything, NaN included.
+which are the operand tiles of AMX and of the AVX-512 BF16 dot product; kernels/cpu_tiles.py converts. Slots
+past a sequence's last token may hold anything, NaN included.
 
-Three forms of the kernels: "amx", "avx512_bf16" and "portable" (AVX2 or whatever the compiler makes of it). The
-best one is taken; DIPTYCH_CPU_ISA names another. Their results differ in rounding, not in accuracy.
+Three forms of the kernels: "amx", "avx512_bf16" and "portable" (AVX2 or whatever the compiler makes of it).
+The best one is taken; DIPTYCH_CPU_ISA names another. Their results differ in rounding, not in accuracy.
 """
 
 import ctypes
@@ -98,9 +98,9 @@ class CpuStep:
     ) -> torch.Tensor:
         """Logits, float32 [R, vocab_size], of the rows named in `logits_rows`; writes K and V of all T rows.
 
-        Row t is token `token_ids[t]` at `positions[t]` of sequence `sequence_ids[t]`, a row of `block_tables`.
-        Rows of one sequence are consecutive, with rising positions. The tensor is a buffer of this object: it
-        holds until the next call.
+        Row t is token `token_ids[t]` at `positions[t]` of `sequence_ids[t]`, a row of `block_tables`. Rows of
+        one sequence are consecutive, with rising positions. The tensor is a buffer of this object: it holds
+        until the next call.
         """
         handle = self._open_handle()
         if self._pool is None:

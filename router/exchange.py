@@ -3,6 +3,9 @@
 Leaving an exchange early closes its connection, which is how a leg is cancelled. The body is either read
 whole or relayed: then every read goes from the worker's socket to the sink inside `data_received`, and no
 task wakes. Every wait has a deadline, kept by one timer for each exchange. Knows nothing of legs or JSON.
+
+An exchange that is given a `journal` before it is entered puts the worker's journal lines there: when it
+raises, they are exactly of what was read or relayed. `journal` is None again when the worker keeps none.
 """
 
 import asyncio
@@ -11,9 +14,12 @@ from types import TracebackType
 from typing import Protocol, cast
 
 from diptych.errors import DeadlineExceeded, DiptychError, WorkerLost
+from diptych.journal import HEADER
 from diptych.router.deadline import within
-from diptych.router.http1 import MAX_HEAD_BYTES, Body, Head, MalformedResponse
+from diptych.router.http1 import MAX_HEAD_BYTES, Body, ChunkedBody, Head, MalformedResponse
 from diptych.router.settings import Limits
+
+_JOURNAL_HEADER = HEADER.lower().encode()
 
 
 class Sink(Protocol):
@@ -104,7 +110,6 @@ class Exchange:
         "_deadline",
         "_error",
         "_finished",
-        "last_read",
         "_loop",
         "_message",
         "_partial_head",
@@ -115,6 +120,8 @@ class Exchange:
         "_timer",
         "_waiter",
         "head",
+        "journal",
+        "last_read",
     )
 
     head: Head
@@ -136,6 +143,7 @@ class Exchange:
         self.last_read = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self.journal: bytearray | None = None
 
     @property
     def status(self) -> int:
@@ -163,7 +171,11 @@ class Exchange:
     async def first(self) -> bytes:
         """The first bytes of the body, taken out of it; empty when the body is."""
         while not self._parts and not self._finished:
-            await self._wait()
+            try:
+                await self._wait()
+            except DiptychError:
+                if not self._parts:  # bytes that came just before the end count: the journal has them
+                    raise
         data = b"".join(self._parts)
         self._parts.clear()
         return data
@@ -208,7 +220,11 @@ class Exchange:
 
     async def _wait_for_head(self) -> None:
         while self._body is None:
-            await self._wait()
+            try:
+                await self._wait()
+            except DiptychError:
+                if not self._parts:  # see `first`
+                    raise
 
     async def _wait(self) -> None:
         """Until something happened; raises the error of a failed exchange."""
@@ -267,8 +283,17 @@ class Exchange:
                 break
         self._partial_head = b""
         self.head, self._body = head, head.body()
+        if self.journal is not None:
+            self._begin_journal(self._body)
         self._wake()
         return data
+
+    def _begin_journal(self, body: Body) -> None:
+        """The worker may not have one, asked for or not: then nor does this exchange."""
+        if self.head.get(_JOURNAL_HEADER) is not None and isinstance(body, ChunkedBody):
+            body.journal = self.journal
+        else:
+            self.journal = None
 
     def _pass(self, payload: bytes) -> None:
         if self._sink is None:

@@ -125,12 +125,13 @@ class ChunkedBody:
     """Gives whole chunks only.
 
     Workers write one chunk for the events of one step, so a stream that breaks off never leaves half an event
-    with the client.
+    with the client. With a `journal`, the first line of each chunk goes there and is no payload.
     """
 
-    __slots__ = ("_held", "_missing", "done", "ends_at_close", "excess")
+    __slots__ = ("_held", "_missing", "done", "ends_at_close", "excess", "journal")
 
     def __init__(self) -> None:
+        self.journal: bytearray | None = None
         self._held: list[bytes] = []  # the beginning of a chunk whose end has not come
         self._missing = 0  # bytes without which looking at it again is useless
         self.done = False
@@ -147,6 +148,7 @@ class ChunkedBody:
             self._held.clear()
         self._missing = 0
         payload: list[bytes] = []
+        lines: list[bytes] = []
         position = 0
         while not self.done:
             line_end = data.find(b"\r\n", position)
@@ -161,7 +163,8 @@ class ChunkedBody:
                     break
                 self.done = True
                 self.excess = end + 4 < len(data)
-                return b"".join(payload)
+                position = len(data)
+                break
             start = line_end + 2
             end = start + size
             if end + 2 > len(data):
@@ -169,8 +172,17 @@ class ChunkedBody:
                 break
             if data[end : end + 2] != b"\r\n":
                 raise MalformedResponse("a chunk is longer than its size line says")
-            payload.append(data[start:end])
+            if self.journal is not None:
+                line_end = data.find(b"\n", start, end) + 1
+                if not line_end:
+                    raise MalformedResponse("a chunk has no journal line")
+                lines.append(data[start:line_end])
+                start = line_end
+            if start < end:
+                payload.append(data[start:end])
             position = end + 2
+        if lines and self.journal is not None:  # only now: they count when their payload is handed out
+            self.journal += b"".join(lines)
         if position < len(data):
             self._held.append(data[position:])
         return payload[0] if len(payload) == 1 else b"".join(payload)

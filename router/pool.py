@@ -33,6 +33,7 @@ class WorkerView:
         "_models",
         "allowance",
         "client",
+        "elsewhere",
         "facts",
         "in_flight",
         "incarnation",
@@ -52,6 +53,7 @@ class WorkerView:
         self.incarnation = ""  # of the process that answered last
         self.allowance: int | None = None  # legs at once while it is on probation; None: it is not
         self.in_flight = 0
+        self.elsewhere = 0.0  # requests that others gave it, when it was last asked
         self.kick = asyncio.Event()
 
     @property
@@ -83,6 +85,10 @@ class WorkerView:
         self.facts = facts
         if facts is not None and facts.models:
             self._models = facts.models
+
+    def note_load(self, num_requests: float) -> None:
+        """What it says it has to do; ours is a part of that."""
+        self.elsewhere = max(0.0, num_requests - self.in_flight)
 
     def has_role(self, role: LegRole) -> bool:
         return self.info.role in (role, "BOTH")
@@ -249,10 +255,12 @@ class Pool:
         deadline = asked + self._limits.probe_s
         before = worker.state
         try:
-            facts: WorkerFacts | None = await ask(worker.client, deadline)
+            answer = await ask(worker.client, deadline)
             worker.misses = 0
+            self._fence(worker, answer)
+            worker.note_load(answer.num_requests)
+            facts: WorkerFacts | None = answer
             reason = ""
-            self._fence(worker, facts)
         except DeadlineExceeded as error:
             # One late answer of a busy worker is not a death, and none that streams is dead.
             worker.misses = 0 if worker.client.last_heard > asked else worker.misses + 1

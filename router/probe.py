@@ -1,12 +1,21 @@
 """Asking one worker how it is: GET /server_info, or GET /health where that does not exist."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
 from diptych.errors import Unavailable
 from diptych.router.client import WorkerClient
 from diptych.wire import WorkerState
+
+
+@dataclass(frozen=True, slots=True)
+class TextRules:
+    """How a worker makes token ids of texts and messages."""
+
+    tokenizer_path: str  # on its machine
+    fingerprint: str
+    chat_template: str | None  # instead of the tokenizer's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +27,10 @@ class WorkerFacts:
     incarnation: str = ""
     role: str = ""
     version: str = ""
+    text: TextRules | None = None  # None: it did not say
+    tokens_per_block: int | None = None
+    block_hash: str = ""  # the algorithm
+    num_requests: float = field(default=0.0, compare=False)  # running and waiting, now
 
 
 class _ServerInfo(msgspec.Struct):
@@ -27,6 +40,18 @@ class _ServerInfo(msgspec.Struct):
     incarnation: str | None = None
     role: str | None = None
     version: str | None = None
+    tokenizer_path: str | None = None
+    tokenizer_fingerprint: str | None = None
+    chat_template: str | None = None
+    tokens_per_block: int | None = None
+    kv_cache_hash_algo: str | None = None
+    load: dict[str, float] = {}
+
+    @property
+    def text(self) -> TextRules | None:
+        if not self.tokenizer_fingerprint:
+            return None
+        return TextRules(self.tokenizer_path or "", self.tokenizer_fingerprint, self.chat_template)
 
 
 async def ask(client: WorkerClient, deadline: float) -> WorkerFacts:
@@ -51,4 +76,8 @@ async def ask(client: WorkerClient, deadline: float) -> WorkerFacts:
         incarnation=info.incarnation or "",
         role=info.role or "",
         version=info.version or "",
+        text=info.text,
+        tokens_per_block=info.tokens_per_block,
+        block_hash=info.kv_cache_hash_algo or "",
+        num_requests=info.load.get("running", 0.0) + info.load.get("waiting", 0.0),
     )

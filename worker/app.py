@@ -9,6 +9,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import msgspec
 import orjson
 from aiohttp import web
 
@@ -16,6 +17,7 @@ from diptych import __version__
 from diptych.config import LlmConfig
 from diptych.errors import DiptychError, InvalidRequest, NotFound, PayloadTooLarge
 from diptych.worker.keys import SERVICE
+from diptych.worker.kv_routes import kv_cache_events, kv_events
 from diptych.worker.responder import chat, complete, probe, tokenize
 from diptych.worker.service import WorkerService
 
@@ -23,6 +25,13 @@ log = logging.getLogger(__name__)
 
 _JSON = "application/json"
 _HEALTH_TIMEOUT_S = 30.0
+
+
+class _Release(msgspec.Struct):
+    """What /kv/release takes: tickets, or context legs by their request's id (see handed_out.py)."""
+
+    ticket_ids: list[str] = []
+    disagg_request_ids: list[str | int] = []
 
 
 def run(config: LlmConfig) -> None:
@@ -55,6 +64,8 @@ def create_app(service: WorkerService) -> web.Application:
             web.get("/prometheus/metrics", _prometheus),
             web.get("/perf_metrics", _perf_metrics),
             web.post("/kv/release", _release),
+            web.get("/kv_events", kv_events),
+            web.post("/kv_cache_events", kv_cache_events),
         ]
     )
     return app
@@ -198,11 +209,15 @@ async def _release(request: web.Request) -> web.Response:
     """Return the blocks of tickets that no generation worker will fetch."""
     service = request.app[SERVICE]
     try:
-        ticket_ids = orjson.loads(await request.read())["ticket_ids"]
-    except (orjson.JSONDecodeError, KeyError, TypeError):
-        ticket_ids = None
-    if not isinstance(ticket_ids, list) or not all(isinstance(ticket, str) for ticket in ticket_ids):
-        raise InvalidRequest('the body must be {"ticket_ids": [string, ...]}', param="ticket_ids")
+        wanted = msgspec.json.decode(await request.read(), type=_Release)
+    except msgspec.DecodeError:
+        raise InvalidRequest(
+            'the body must be {"ticket_ids": [string, ...], "disagg_request_ids": [id, ...]}',
+            param="ticket_ids",
+        ) from None
+    ticket_ids = [*wanted.ticket_ids]
+    for request_id in wanted.disagg_request_ids:
+        ticket_ids += service.handed_out.revoke(request_id)
     for ticket_id in ticket_ids:
         service.engine.release(ticket_id)
     return _json({"released": len(ticket_ids)})

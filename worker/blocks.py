@@ -116,13 +116,15 @@ class BlockPool:
         self._num_active += count
         return blocks
 
-    def publish(self, block: int, block_hash: bytes) -> None:
-        """Make a full, computed block known by its hash. The first block with a given content stays the known one."""
-        if self._reuse and block not in self._hash_of and block_hash not in self._block_of:
-            self._hash_of[block] = block_hash
-            self._block_of[block_hash] = block
-            if self._recorder is not None:
-                self._recorder.stored(block_hash)
+    def publish(self, block: int, block_hash: bytes) -> bool:
+        """Make a full, computed block known by its hash, unless one with the same content is known already."""
+        if not self._reuse or block in self._hash_of or block_hash in self._block_of:
+            return False
+        self._hash_of[block] = block_hash
+        self._block_of[block_hash] = block
+        if self._recorder is not None:
+            self._recorder.stored(block_hash)
+        return True
 
     def release(self, blocks: Sequence[int]) -> None:
         """Drop one reference of each. The last blocks of a prefix become the first to be evicted."""

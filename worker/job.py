@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import msgspec
 
 from diptych.errors import DeadlineExceeded, DiptychError, InvalidRequest, from_wire
+from diptych.journal import Entry, journal_line
 from diptych.openai import (
     ChatRequest,
     ChoiceResult,
@@ -62,7 +63,9 @@ class Job:
         *,
         request_id: str,
         timeout_s: float,
+        journaled: bool = False,
     ) -> None:
+        """`journaled`: keep what `take_journal_line` gives."""
         self.head = head
         self.request_id = request_id
         self._service = service
@@ -79,6 +82,9 @@ class Job:
             for number in range(request.n)
         ]
         self._open: dict[str, Choice] = {}
+        self.journaled = journaled
+        # The first line names every choice.
+        self._entries = [Entry(choice.index) for choice in self.choices]
 
     @property
     def is_context_leg(self) -> bool:
@@ -129,6 +135,18 @@ class Job:
                 elapsed = time.monotonic() - self._first_token_at
                 self._service.metrics.token_time.observe(elapsed / (num_tokens - 1))
 
+    def take_journal_line(self) -> bytes:
+        """What the deltas since the last call have brought, in tokens; empty without a journal."""
+        if not self.journaled:
+            return b""
+        entries, self._entries = self._entries, []
+        return journal_line(entries)
+
+    def ticket_ids(self) -> list[str]:
+        """What a context leg gives away."""
+        handed_on = (choice.handed_on for choice in self.choices)
+        return [handed.ticket_id for handed in handed_on if handed is not None and handed.ticket_id]
+
     def usage(self) -> Usage:
         return Usage(
             prompt_tokens=sum(map(len, self._prompts)),
@@ -166,11 +184,15 @@ class Job:
         if isinstance(request, CompletionRequest) and request.echo:
             echo = service.tokenizer.decode(prompt, skip_special_tokens=request.skip_special_tokens)
         text = to_choice_text(request, service.tokenizer, echo=echo)
+        seeded, choice_index = request, number
+        if request.seed is None and self._leg is not None and self._leg.seed is not None:
+            # The router's seed stands for none: no two choices draw alike, equal prompts or not.
+            seeded, choice_index = msgspec.structs.replace(request, seed=self._leg.seed), index
         params = to_sampling_params(
-            request,
+            seeded,
             vocab_size=service.ready.vocab_size,
             default_max_tokens=max_seq_len - len(prompt),
-            choice_index=number,
+            choice_index=choice_index,
             defaults=SamplingDefaults(),
         )
         submit = Submit(
@@ -188,13 +210,24 @@ class Job:
     def _continued(
         self, index: int, prompt: list[int], text: ChoiceText, submit: Submit, handed: DisaggregatedParams
     ) -> Choice:
-        """A choice whose first tokens the context leg drew: its text is brought to the same state."""
+        """A choice whose first tokens were drawn elsewhere: its text is brought to the same state."""
         first = handed.first_gen_tokens
-        if not first:
+        if first is None:
             raise InvalidRequest(
                 "disaggregated_params.first_gen_tokens is missing; a generation leg needs the token that the "
                 "context leg drew",
                 param="disaggregated_params.first_gen_tokens",
+            )
+        cached = handed.cached_tokens or 0
+        if not first and handed.finish_reason is None:
+            submit = msgspec.structs.replace(submit, request_type="context_and_generation")
+            return Choice(index, prompt, text, submit, cached)
+        logprobs = handed.first_gen_logprobs
+        if logprobs is not None and len(logprobs) != len(first):
+            raise InvalidRequest(
+                f"disaggregated_params.first_gen_logprobs has {len(logprobs)} entries; it must have one for "
+                f"each of the {len(first)} first_gen_tokens",
+                param="disaggregated_params.first_gen_logprobs",
             )
         ended = handed.finish_reason
         stop_token = handed.stop_reason if isinstance(handed.stop_reason, int) else None
@@ -202,12 +235,11 @@ class Job:
             TokenEvent(
                 request_id="",
                 token_ids=first,
-                logprobs=handed.first_gen_logprobs,
+                logprobs=logprobs,
                 finish_reason=ended,
                 stop_token_id=stop_token,
             )
         )
-        cached = handed.cached_tokens or 0
         if text.finish_reason is not None:
             return Choice(index, prompt, text, None, cached)
         submit = msgspec.structs.replace(submit, output_token_ids=first, ticket=handed.ticket())
@@ -228,9 +260,14 @@ class Job:
             raise _error(event)
         if event.times is not None and self._first_token_at is None:
             self._note_first_token(event)
-        if event.num_cached_tokens is not None and choice.submit and not choice.submit.output_token_ids:
-            choice.cached_tokens = event.num_cached_tokens
+        cached = event.num_cached_tokens if choice.submit and not choice.submit.output_token_ids else None
+        if cached is not None:
+            choice.cached_tokens = cached
         delta = choice.text.feed(event)
+        if self.journaled:
+            stop_token = event.stop_token_id
+            entry = Entry(choice.index, delta.token_ids, cached, event.finish_reason, stop_token)
+            self._entries.append(entry)
         if self.is_context_leg:
             choice.handed_on = self._hand_on(choice, event, delta)
         if delta.finish_reason is not None:

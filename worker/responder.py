@@ -7,7 +7,8 @@ import msgspec
 import orjson
 from aiohttp import web
 
-from diptych.errors import DiptychError, InvalidRequest
+from diptych import journal
+from diptych.errors import DeadlineExceeded, DiptychError, InvalidRequest
 from diptych.openai import (
     DONE,
     ChatRequest,
@@ -85,17 +86,38 @@ async def _respond(http: web.Request, kind: Kind) -> web.StreamResponse:
     )
     request_id = http.headers.get("X-Request-ID", head.id)
     job = Job(
-        service, request, head, prompts, timeline, request_id=request_id, timeout_s=_timeout_s(http)
+        service,
+        request,
+        head,
+        prompts,
+        timeline,
+        request_id=request_id,
+        timeout_s=_timeout_s(http),
+        journaled=request.stream and http.headers.get(journal.HEADER) == "1",
     )
     service.open_requests += 1
     try:
         job.start()
         if request.stream and not job.is_context_leg:
             return await _stream(http, job, request, timeline)
-        return await _whole(job, request, timeline)
+        response = await _whole(job, request, timeline)
+        if job.is_context_leg:
+            _note_tickets(http, job, request)
+        return response
     finally:
         service.open_requests -= 1
         job.close()
+
+
+def _note_tickets(http: web.Request, job: Job, request: CompletionRequest | ChatRequest) -> None:
+    """Tickets are given away with the answer, unless nobody is there to take it."""
+    service, leg, ticket_ids = http.app[SERVICE], request.disaggregated_params, job.ticket_ids()
+    assert leg is not None
+    if http.transport is not None and not http.transport.is_closing():
+        key = leg.disagg_request_id
+        ticket_ids = [] if key is None else [*service.handed_out.add(key, ticket_ids)]
+    for ticket_id in ticket_ids:
+        service.engine.release(ticket_id)
 
 
 async def _tokenize(service: WorkerService, request: CompletionRequest | ChatRequest) -> list[list[int]]:
@@ -160,7 +182,9 @@ async def _stream(
     http: web.Request, job: Job, request: CompletionRequest | ChatRequest, timeline: Timeline
 ) -> web.StreamResponse:
     writer = _writer(job, request)
-    goes_on = request.disaggregated_params is not None  # the context leg has written the roles
+    end = journal.END if job.journaled else b""
+    leg = request.disaggregated_params
+    goes_on = leg is not None and leg.request_type == "generation_only"  # the roles are written
     response: web.StreamResponse | None = None
     try:
         async with aclosing(job.deltas()) as batches:
@@ -171,17 +195,27 @@ async def _stream(
                     response = await _begin(http, job, timeline)
                     if not goes_on:
                         data = b"".join(writer.role(choice.index) for choice in job.choices) + data
+                data = job.take_journal_line() + data
                 if data:
                     await response.write(data)
     except DiptychError as error:
         if response is None:
             raise
-        await response.write(writer.error(error))
+        if job.journaled and not isinstance(error, DeadlineExceeded):
+            # A stream that breaks off: the router goes on with it elsewhere.
+            _break_off(http)
+        else:
+            await response.write(end + writer.error(error))
         return response
     if response is None:
         response = await _begin(http, job, timeline)
-    await response.write(writer.usage(job.usage()) + DONE)
+    await response.write(end + writer.usage(job.usage()) + DONE)
     return response
+
+
+def _break_off(http: web.Request) -> None:
+    if http.transport is not None:
+        http.transport.close()
 
 
 def _chunks(job: Job, writer: StreamWriter, batch: list[tuple[Choice, Delta]]) -> list[bytes]:
@@ -190,6 +224,8 @@ def _chunks(job: Job, writer: StreamWriter, batch: list[tuple[Choice, Delta]]) -
 
 async def _begin(http: web.Request, job: Job, timeline: Timeline) -> web.StreamResponse:
     response = web.StreamResponse(headers={**_STREAM_HEADERS, **_headers(job, timeline)})
+    if job.journaled:
+        response.headers[journal.HEADER] = "1"
     await response.prepare(http)
     return response
 

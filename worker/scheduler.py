@@ -344,10 +344,11 @@ class Scheduler:
         sequence.extend_hashes(size, sequence.num_computed)
         for index in range(sequence.num_published, sequence.num_computed // size):
             block_hash = sequence.hashes[index]
-            self.pool.publish(sequence.blocks[index], block_hash)
-            if self.pool.recorder is not None and self.pool.recorder.with_tokens:
+            is_new = self.pool.publish(sequence.blocks[index], block_hash)
+            recorder = self.pool.recorder
+            if is_new and recorder is not None and recorder.with_tokens:
                 tokens = sequence.tokens[index * size : (index + 1) * size]
-                self.pool.recorder.describe(block_hash, sequence.parent_hash(index), tokens)
+                recorder.describe(block_hash, sequence.parent_hash(index), tokens)
             if self._computing.get(block_hash) is sequence:
                 del self._computing[block_hash]
         sequence.num_published = max(sequence.num_published, sequence.num_computed // size)

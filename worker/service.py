@@ -9,14 +9,16 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from diptych import __version__
+from diptych import __version__, block_hash
 from diptych.config import Hardware, LlmConfig, resolve_limits
 from diptych.errors import ModelNotFound, Unavailable
 from diptych.model_source import resolve_model
 from diptych.text import Tokenizer
 from diptych.wire import EngineProgress, EngineReady, EngineStats, WorkerState
 from diptych.worker.engine_client import EngineClient
+from diptych.worker.handed_out import HandedOut
 from diptych.worker.hardware import detect
+from diptych.worker.kv_events import KvEventFeed, TrtBuffer
 from diptych.worker.metrics import WorkerMetrics
 from diptych.worker.settings import EngineSettings
 
@@ -39,8 +41,11 @@ class WorkerService:
         self.perf: deque[dict[str, Any]] = deque(maxlen=config.perf_metrics_max_requests or _PERF_RING)
         self.iterations: deque[dict[str, Any]] = deque(maxlen=_ITERATION_RING)
         self.open_requests = 0
+        self.handed_out = HandedOut()
         self._engine: EngineClient | None = None
         self._tokenizer: Tokenizer | None = None
+        self._tokenizer_path: Path | None = None
+        self._kv_events: KvEventFeed | None = None
         self._progress_shown = ""
 
     async def start(self) -> None:
@@ -57,7 +62,8 @@ class WorkerService:
         tokenizer, ready = await asyncio.gather(
             asyncio.to_thread(Tokenizer.load, tokenizer_path), self._engine.start(self._show)
         )
-        self._tokenizer = tokenizer
+        self._tokenizer, self._tokenizer_path = tokenizer, tokenizer_path
+        self._kv_events = self._feed(ready)
         self.state = "READY"
         log.info(
             "ready in %.1f s: %s on %s kernels, %d KV blocks of %d tokens, max_seq_len %d",
@@ -72,6 +78,8 @@ class WorkerService:
     async def drain(self) -> None:
         """Take nothing new; wait, but not for ever, until nothing runs and no peer needs our blocks."""
         self.state = "DRAINING"
+        if self._kv_events is not None:
+            self._kv_events.close()
         deadline = time.monotonic() + _DRAIN_S
         while time.monotonic() < deadline and self.engine.is_alive:
             if self.open_requests == 0 and self.engine.stats.leased_blocks == 0:
@@ -99,6 +107,11 @@ class WorkerService:
         return self._tokenizer
 
     @property
+    def kv_events(self) -> KvEventFeed:
+        assert self._kv_events is not None
+        return self._kv_events
+
+    @property
     def model_names(self) -> list[str]:
         """The name that we print first, then the others that requests may use."""
         name = self.config.model_name
@@ -124,6 +137,7 @@ class WorkerService:
 
     def server_info(self) -> dict[str, Any]:
         ready = self._engine.ready if self._engine is not None else None
+        stats = self._stats()
         return {
             "worker_id": self.worker_id,
             "role": self.config.server_role,
@@ -135,8 +149,20 @@ class WorkerService:
             "kernel": ready.kernel if ready else "",
             "max_seq_len": ready.max_seq_len if ready else 0,
             "tokens_per_block": self.config.kv_cache_config.tokens_per_block,
+            "kv_cache_hash_algo": block_hash.ALGORITHM,
+            "load": {"running": stats.running + stats.fetching, "waiting": stats.waiting},
+            "tokenizer_path": str(self._tokenizer_path or ""),
+            "tokenizer_fingerprint": self._tokenizer.fingerprint if self._tokenizer is not None else "",
+            "chat_template": self.config.chat_template,
             "version": __version__,
         }
+
+    def _feed(self, ready: EngineReady) -> KvEventFeed:
+        size = self.config.kv_cache_config.event_buffer_max_size
+        buffer = None
+        if size:
+            buffer = TrtBuffer(size, window_size=ready.max_seq_len, num_blocks=ready.num_blocks)
+        return KvEventFeed(self.engine, self.incarnation, buffer)
 
     def _stats(self) -> EngineStats:
         return EngineStats() if self._engine is None else self._engine.stats

@@ -9,7 +9,7 @@
  *                                     HTTP chunk each; TICK_US = 0: all at once; else one a tick and stream
  *     otherwise                       one JSON answer, which serves as another system's prefill answer too
  * A worker started as `prefill` answers every POST with JSON. Each event carries "t", the monotonic clock in
- * nanoseconds at which it was written. With the header X-Diptych-Journal a chunk begins with its journal line.
+ * nanoseconds at which it was written. A stream that is asked for with X-Diptych-Journal is journaled (docs/protocol.md).
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -129,13 +129,17 @@ static int format_event(char *into, size_t size, bool chat, bool last) {
 
 static void put_event(Connection *connection) {
     static const char end[] = "e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n";
+    static const char journaled_end[] = "14\r\n: end\ndata: [DONE]\n\n\r\n0\r\n\r\n";
     bool last = --connection->events_left == 0;
     char event[640], chunk[700];
     int length = connection->journal ? snprintf(event, sizeof event, ": 0=4711\n") : 0;
     length += format_event(event + length, sizeof event - length, connection->chat, last);
     int chunk_length = snprintf(chunk, sizeof chunk, "%x\r\n%.*s\r\n", length, length, event);
     append(&connection->out, chunk, chunk_length);
-    if (last) append(&connection->out, end, sizeof end - 1);
+    if (last && connection->journal)
+        append(&connection->out, journaled_end, sizeof journaled_end - 1);
+    else if (last)
+        append(&connection->out, end, sizeof end - 1);
 }
 
 static void put_json(Connection *connection, const char *body, int length) {
@@ -219,7 +223,7 @@ static long number_of(const char *body, size_t length, const char *key, long oth
 static void answer(Connection *connection, const char *head, size_t head_length, const char *body, size_t length) {
     static const char stream_head[] =
         "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nCache-Control: no-cache\r\n"
-        "Transfer-Encoding: chunked\r\n\r\n";
+        "Transfer-Encoding: chunked\r\n";
     num_requests++;
     if (memcmp(head, "GET", 3) == 0) {
         put_facts(connection);
@@ -229,14 +233,16 @@ static void answer(Connection *connection, const char *head, size_t head_length,
     connection->journal = has(head, head_length, "Diptych-Journal");
     bool stream = has(body, length, "\"stream\":true") || has(body, length, "\"stream\": true");
     long num_tokens = number_of(body, length, "\"max_tokens\"", 64);
-    if (has(body, length, "\"request_type\":\"context_only\"")) {
+    bool is_second = has(body, length, "\"request_type\":\"generation_only\""); /* it quotes the first leg's too */
+    if (!is_second && has(body, length, "\"request_type\":\"context_only\"")) {
         put_context_answer(connection, stream);
     } else if (!stream || is_prefill) {
         put_answer(connection, num_tokens);
     } else {
-        bool first_is_sent = has(body, length, "\"request_type\":\"generation_only\"");
         append(&connection->out, stream_head, sizeof stream_head - 1);
-        connection->events_left = num_tokens > 1 && first_is_sent ? num_tokens - 1 : num_tokens;
+        if (connection->journal) append(&connection->out, "X-Diptych-Journal: 1\r\n", 22);
+        append(&connection->out, "\r\n", 2);
+        connection->events_left = num_tokens > 1 && is_second ? num_tokens - 1 : num_tokens;
         if (tick_us) join_streams(connection);
         while (!tick_us && connection->events_left) put_event(connection);
     }

@@ -4,6 +4,7 @@ Files and command-line options come in as plain mappings, are checked against th
 values that nobody changes. What is left open is filled in by `resolve_limits` when the hardware is known.
 """
 
+from diptych.config.cluster import DisaggCluster, MinimalInstances, cluster_from_uri
 from diptych.config.disagg import DisaggConfig, RouterSection, ServerSection, load_disagg_config
 from diptych.config.limits import Hardware, Limits, resolve_limits
 from diptych.config.llm import LlmConfig, load_llm_config
@@ -12,15 +13,18 @@ from diptych.config.sections import CacheTransceiverConfig, KvCacheConfig, Sched
 
 __all__ = [
     "CacheTransceiverConfig",
+    "DisaggCluster",
     "DisaggConfig",
     "Hardware",
     "KvCacheConfig",
     "Limits",
     "LlmConfig",
     "MetadataConfig",
+    "MinimalInstances",
     "RouterSection",
     "SchedulerConfig",
     "ServerSection",
+    "cluster_from_uri",
     "load_disagg_config",
     "load_llm_config",
     "load_metadata_config",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from diptych.config.cluster import DisaggCluster, MinimalInstances, cluster_section
 from diptych.config.decode import decode, field_names, unknown_key
 from diptych.config.llm import LlmConfig, LogLevel
 from diptych.config.metadata import MetadataConfig
@@ -32,7 +33,12 @@ _NO_EFFECT = frozenset(
         "perf_metrics_output_dir",
     ]
 )
-_NOT_FOR_SECTIONS = frozenset(("host", "port", "listen_fd", "server_role", "model", "log_level"))
+_NOT_FOR_SECTIONS = frozenset(
+    (
+        *("host", "port", "listen_fd", "server_role", "model", "log_level"),
+        *("metadata_server", "disagg_cluster", "cluster_secret"),
+    )
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,23 +64,6 @@ class ServerSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MinimalInstances:
-    context_servers: NonNegativeInt = 1
-    generation_servers: NonNegativeInt = 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DisaggCluster:
-    """Service discovery instead of static urls."""
-
-    cluster_uri: str
-    cluster_name: str = ""
-    minimal_instances: MinimalInstances = field(default_factory=MinimalInstances)
-    heartbeat_interval_sec: PositiveFloat = 5.0
-    inactive_timeout_sec: PositiveFloat = 10.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class DisaggConfig:
     hostname: str = "localhost"
     port: NonNegativeInt = 8000
@@ -89,6 +78,7 @@ class DisaggConfig:
     schedule_style: Literal["context_first", "generation_first"] = "context_first"
     disagg_cluster: DisaggCluster | None = None
     metadata_server: MetadataConfig | None = None
+    cluster_secret: str | None = field(default=None, repr=False)
     max_body_bytes: PositiveInt = 64 * 2**20
     num_workers: PositiveInt = 1  # router processes
     server_keep_alive_timeout: PositiveFloat = 10.0  # seconds
@@ -96,10 +86,24 @@ class DisaggConfig:
     node_id: NonNegativeInt | None = None
     log_level: LogLevel = "info"
 
+    @property
+    def minimal_instances(self) -> MinimalInstances | None:
+        return None if self.disagg_cluster is None else self.disagg_cluster.minimal_instances
+
     def require_urls(self, source: str) -> None:
-        """The router by itself starts no workers: it must be told where they are."""
-        if self.disagg_cluster is not None:
-            raise ConfigError(f"{source}: disagg_cluster is not in this version; list urls in both sections")
+        """The router by itself starts no workers: it must be told where they are, or where they register."""
+        if self.disagg_cluster is not None and self.metadata_server is not None:
+            raise ConfigError(
+                f"{source}: disagg_cluster and --metadata_server_config_file both say where workers register; "
+                "use one of them"
+            )
+        if self.disagg_cluster is not None and self.disagg_cluster.is_embedded and self.num_workers > 1:
+            raise ConfigError(
+                f"{source}: num_workers must be 1, not {self.num_workers}, when the router keeps the registry "
+                "itself; with an etcd:// cluster_uri it may be more"
+            )
+        if self.disagg_cluster is not None or self.metadata_server is not None:
+            return
         for role, section in (
             ("context_servers", self.context_servers),
             ("generation_servers", self.generation_servers),
@@ -135,7 +139,7 @@ def disagg_config(
             known = own | field_names(LlmConfig) | {"context_servers", "generation_servers"}
             raise unknown_key(key, known, source=source)
     if settings.get("disagg_cluster") is not None:
-        settings["disagg_cluster"] = _cluster(settings["disagg_cluster"], source, notices)
+        settings["disagg_cluster"] = cluster_section(settings["disagg_cluster"], source, notices)
     for role in ("context_servers", "generation_servers"):
         settings[role] = _section(data.get(role), role, inherited, settings, source, notices)
     if settings.get("schedule_style") == "generation_first":
@@ -223,14 +227,3 @@ def _check_count(section: Mapping[str, Any], role: str, source: str) -> None:
         raise ConfigError(
             f"{source}: {role}.num_instances is {count}, but {role}.urls names {len(urls)}; they must agree"
         )
-
-
-def _cluster(data: Any, source: str, notices: Notices) -> Any:
-    """TensorRT-LLM's README writes inactive_interval_sec for inactive_timeout_sec."""
-    if not isinstance(data, Mapping) or "inactive_interval_sec" not in data:
-        return data
-    notices.warn(f"{source}: disagg_cluster.inactive_interval_sec is read as inactive_timeout_sec")
-    cluster = dict(data)
-    cluster.setdefault("inactive_timeout_sec", cluster.pop("inactive_interval_sec"))
-    cluster.pop("inactive_interval_sec", None)
-    return cluster

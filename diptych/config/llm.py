@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from diptych.config.cluster import DisaggCluster, cluster_section
 from diptych.config.decode import decode
+from diptych.config.metadata import MetadataConfig
 from diptych.config.notices import Notices
 from diptych.config.sections import (
     CacheTransceiverConfig,
     KvCacheConfig,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     SchedulerConfig,
 )
@@ -73,6 +76,11 @@ class LlmConfig:
     return_perf_metrics: bool = False
     perf_metrics_max_requests: NonNegativeInt = 0
     log_level: LogLevel = "info"
+    # Where to register, and how to leave.
+    metadata_server: MetadataConfig | None = None
+    disagg_cluster: DisaggCluster | None = None
+    cluster_secret: str | None = field(default=None, repr=False)
+    drain_timeout_s: PositiveFloat = 60.0
     # Limits of the HTTP side.
     max_body_bytes: PositiveInt = 64 * 2**20
 
@@ -95,6 +103,8 @@ def load_llm_config(
     if config_file is not None:
         source = str(config_file)
         merged = _merged(line, normalize(read_mapping(config_file), source=source, notices=notices))
+    if merged.get("disagg_cluster") is not None:
+        merged["disagg_cluster"] = cluster_section(merged["disagg_cluster"], source, notices)
     return check(decode(_with_template(merged, source), LlmConfig, source=source), source=source)
 
 

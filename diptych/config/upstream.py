@@ -90,7 +90,6 @@ NOT_YET: Mapping[str, tuple[Any, ...]] = {
     "stream_interval": (1,),
     "trust_remote_code": (False,),
     "kv_cache_config.dtype": ("auto", "bfloat16"),
-    "kv_cache_config.event_buffer_max_size": (0,),
     "kv_cache_config.host_cache_size": (None, 0),
 }
 

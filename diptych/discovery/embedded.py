@@ -79,7 +79,8 @@ class EmbeddedRegistry:
             yield self.snapshot()
             waiting = asyncio.ensure_future(changed.wait())
             try:
-                while not waiting.done() and not self._expire():
+                while not waiting.done():
+                    self._expire()
                     await asyncio.wait((waiting,), timeout=self._next_expiry_s())
             finally:
                 waiting.cancel()
@@ -88,14 +89,14 @@ class EmbeddedRegistry:
         self._closed = True
         self._wake()
 
-    def _expire(self) -> bool:
-        """Drop the silent ones; True when there were any."""
+    def _expire(self) -> None:
         now = self._clock()
         silent = [worker_id for worker_id, entry in self._entries.items() if entry.expires <= now]
         for worker_id in silent:
             _log.warning("worker %s was silent for %g s", worker_id, self._inactive_timeout_s)
             del self._entries[worker_id]
-        return bool(silent)
+        if silent:
+            self._wake()
 
     def _next_expiry_s(self) -> float | None:
         if not self._entries:
@@ -124,9 +125,13 @@ class LocalLease:
         self._announce()
 
     async def close(self) -> None:
+        await self.stop()
+        self._registry.withdraw(self._info.worker_id)
+
+    async def stop(self) -> None:
+        """Stop the heartbeats, and stay in the list until they are missed."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
-        self._registry.withdraw(self._info.worker_id)
 
     async def _keep(self) -> None:
         while not self.removed.is_set():

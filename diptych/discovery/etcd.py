@@ -151,6 +151,7 @@ class _View:
                 self._values.pop(change.key, None)
             else:
                 self._values[change.key] = change.value
+            self._revision = change.revision
         self._forget({change.key: b"" for change in changes})
 
     def snapshot(self) -> Snapshot:

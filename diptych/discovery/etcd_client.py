@@ -67,6 +67,7 @@ class Listing:
 class Change:
     key: str
     value: bytes | None  # None: deleted
+    revision: int
 
 
 class EtcdClient:
@@ -240,6 +241,7 @@ def _changes(message: dict[str, Any]) -> list[Change]:
         Change(
             _text(event["kv"]["key"]),
             None if event.get("type") == "DELETE" else _bytes(event["kv"].get("value", "")),
+            int(event["kv"]["mod_revision"]),
         )
         for event in result.get("events", [])
     ]

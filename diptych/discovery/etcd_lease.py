@@ -27,6 +27,7 @@ class Timing:
     """Seconds. etcd itself rounds leases up to 2 s."""
 
     ttl_s: int = 5
+    heartbeat_s: float | None = None  # None: a third of ttl_s, which is also the most
     refresh_interval_s: float = 10.0  # readers list everything again this often
     call_s: float = 3.0
     retry_s: float = 0.05
@@ -34,7 +35,8 @@ class Timing:
 
     @property
     def keep_alive_s(self) -> float:
-        return self.ttl_s / 3
+        third_s = self.ttl_s / 3
+        return third_s if self.heartbeat_s is None else min(third_s, self.heartbeat_s)
 
 
 class EtcdLease:

@@ -37,12 +37,15 @@ class StaticRegistry:
     async def watch(self) -> AsyncIterator[Snapshot]:
         while not self._closed:
             changed = self._changed
-            yield tuple(self._workers.values())
+            yield self.snapshot()
             await changed.wait()
 
     async def close(self) -> None:
         self._closed = True
         self._wake()
+
+    def snapshot(self) -> Snapshot:
+        return tuple(self._workers.values())
 
     def replace(self, info: WorkerInfo) -> None:
         """Announce a registered worker's new facts; one that has left stays away."""

@@ -13,8 +13,9 @@ from diptych.wire import FinishReason, Logprob, RequestType
 class DisaggregatedParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Of a request, or of one choice. Fields we do not know are ignored: the other leg may be newer.
 
-    `finish_reason` and `stop_reason` of a choice in a context answer are set when its first token was its
-    last.
+    `finish_reason` and `stop_reason` of a choice are set when its last token is among `first_gen_tokens`,
+    which are empty when none was drawn yet. `seed` is the router's, for a request that brings none: each
+    choice derives its own.
     """
 
     request_type: RequestType
@@ -27,6 +28,7 @@ class DisaggregatedParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaul
     encoded_opaque_state: str | None = None
     ticket_id: str | None = None
     cached_tokens: int | None = None
+    seed: int | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     draft_tokens: list[int] | None = None

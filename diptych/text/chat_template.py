@@ -66,6 +66,11 @@ class ChatTemplates:
         self._environment.globals["strftime_now"] = lambda form: now().strftime(form)
 
     @property
+    def identity(self) -> tuple[tuple[tuple[str, str], ...], ...]:
+        """What decides how messages are rendered."""
+        return tuple(sorted(self._texts.items())), tuple(sorted(self._special_tokens.items()))
+
+    @property
     def available(self) -> bool:
         return bool(self._texts)
 

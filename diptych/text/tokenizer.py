@@ -3,7 +3,9 @@
 Loads a Hugging Face directory or a GGUF file. Stateless after loading, so that one serves all requests.
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,13 @@ class Tokenizer:
         self.eos_token_ids = source.eos_token_ids
         self.generation_config: Mapping[str, Any] = source.generation_config
         self.vocab_size: int = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The same for tokenizers that make the same ids of the same texts and messages."""
+        digest = hashlib.blake2b(self._backend.to_str().encode(), digest_size=8)
+        digest.update(repr(self._templates.identity).encode())
+        return digest.hexdigest()
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":

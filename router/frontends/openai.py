@@ -4,19 +4,22 @@ The client's body is checked to be a JSON object and otherwise passed on byte fo
 is spliced in before the closing brace. Prompts, texts and tickets are never decoded.
 """
 
+import random
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
 import orjson
 
 from diptych.errors import InvalidRequest
+from diptych.journal import ChoiceSoFar, StreamSoFar
 
 _RESPONSE_ID_PREFIX = {"/v1/completions": "cmpl-", "/v1/chat/completions": "chatcmpl-"}
 PATHS = tuple(_RESPONSE_ID_PREFIX)
 
+_SEED_BITS = 62
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
@@ -26,6 +29,7 @@ class _Body(msgspec.Struct):
 
     model: Any = None
     stream: Any = None
+    seed: Any = None
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,6 +41,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     body: bytes
     model: str | None
     stream: bool
+    seed: int | None  # ours, when the client gives none: every worker must draw the same
     created: int
     arrived: float  # monotonic
     deadline: float  # monotonic
@@ -64,13 +69,35 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
             added += b',"prompt_token_ids":' + prompt_token_ids
         return _splice(self.body, added)
 
+    def whole_body(self) -> bytes:
+        """For a worker that does both legs."""
+        params = self._params("context_and_generation")
+        return _splice(self.body, b'"disaggregated_params":' + orjson.dumps(params))
+
+    def resumed_body(self, prefill: "Prefill | None", so_far: StreamSoFar) -> bytes:
+        """For a worker that goes on with a stream. `prefill`: None when one worker did both legs so far."""
+        handed = [] if prefill is None else [choice.params() for choice in prefill.choices]
+        known = max(so_far.choices, default=-1) + 1
+        handed += [{"request_type": "generation_only", "first_gen_tokens": []}] * (known - len(handed))
+        for index, choice in so_far.choices.items():
+            handed[index] = _gone_on(handed[index], choice)
+        params = self._params("generation_only")
+        params["choices"] = handed
+        added = b'"disaggregated_params":' + orjson.dumps(params)
+        if prefill is not None and (prompt_token_ids := bytes(prefill.prompt_token_ids)):
+            added += b',"prompt_token_ids":' + prompt_token_ids
+        return _splice(self.body, added)
+
     def _params(self, request_type: str) -> dict[str, Any]:
-        return {
+        params = {
             "request_type": request_type,
             "disagg_request_id": self.unique_id,
             "response_id": _RESPONSE_ID_PREFIX[self.path] + self.unique_id,
             "created": self.created,
         }
+        if self.seed is not None:
+            params["seed"] = self.seed
+        return params
 
 
 def parse_call(
@@ -99,6 +126,7 @@ def parse_call(
         body=body,
         model=fields.model if isinstance(fields.model, str) else None,
         stream=fields.stream is True,
+        seed=random.getrandbits(_SEED_BITS) if fields.seed is None else None,
         created=int(time.time()),
         arrived=arrived,
         deadline=arrived + timeout_s,
@@ -115,6 +143,10 @@ def request_id_of(headers: Mapping[str, str]) -> str | None:
 class PrefillChoice(msgspec.Struct):
     disaggregated_params: msgspec.Raw
 
+    def params(self) -> dict[str, Any]:
+        decoded: dict[str, Any] = orjson.loads(bytes(self.disaggregated_params))
+        return decoded
+
 
 class Prefill(msgspec.Struct):
     """A context leg's answer; what only the generation worker reads stays undecoded."""
@@ -124,8 +156,10 @@ class Prefill(msgspec.Struct):
     stream_head: str = ""
     finished: bool = False
 
-    def ticket_ids(self) -> list[str]:
-        tickets = (msgspec.json.decode(choice.disaggregated_params, type=_Ticket) for choice in self.choices)
+    def ticket_ids(self, indices: Iterable[int] | None = None) -> list[str]:
+        """Of these choices, or of all."""
+        choices = self.choices if indices is None else [self.choices[index] for index in indices]
+        tickets = (msgspec.json.decode(choice.disaggregated_params, type=_Ticket) for choice in choices)
         return [ticket.ticket_id for ticket in tickets if ticket.ticket_id]
 
 
@@ -151,6 +185,21 @@ def client_answer(context_answer: bytes) -> bytes:
 def error_event(error_body: bytes) -> bytes:
     """The end of a stream that failed. `error_body` is an OpenAI error object on one line."""
     return b"data: %b\n\ndata: [DONE]\n\n" % error_body
+
+
+def _gone_on(params: dict[str, Any], choice: ChoiceSoFar) -> dict[str, Any]:
+    """A choice's parameters with what it has drawn since. Its ticket has served, once there are tokens."""
+    if not choice.token_ids and choice.finish_reason is None:
+        return params
+    params = {**params, "first_gen_tokens": [*params["first_gen_tokens"], *choice.token_ids]}
+    for served in ("encoded_opaque_state", "ticket_id", "first_gen_logprobs"):
+        params.pop(served, None)
+    if choice.cached_tokens is not None:
+        params["cached_tokens"] = choice.cached_tokens
+    if choice.finish_reason is not None:
+        params["finish_reason"] = choice.finish_reason
+        params["stop_reason"] = choice.stop_token_id
+    return params
 
 
 def _splice(body: bytes, member: bytes) -> bytes:
