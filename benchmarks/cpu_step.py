@@ -1,8 +1,8 @@
 """Speed of the CPU step on the shape of SmolLM2-135M with random weights, beside what the machine could do.
 
-The floors are measured in the same run: reading memory, and a bf16 product by torch. A decode step cannot be faster
-than reading its weights and K/V, a prefill not faster than its multiplications. Times are the 10th percentile, as on
-a shared machine the rest says more about the neighbours; the load average is in the result.
+The floors are measured in the same run: reading memory, and a bf16 product by torch. A decode step cannot be
+faster than reading its weights and K/V, a prefill not faster than its multiplications. Times are the 10th
+percentile, as on a shared machine the rest says more about the neighbours; the load average is in the result.
 
     python benchmarks/cpu_step.py [--output benchmarks/results/cpu_step.json]
 """
@@ -76,11 +76,14 @@ def measure_floor(threads: int) -> Floor:
     torch.set_num_threads(threads)
     memory = torch.ones(64 << 20, dtype=torch.float32)
     read = memory.nbytes / percentile_10(memory.sum)
-    size = 1024
-    left, right = torch.randn(size, size).bfloat16(), torch.randn(size, size).bfloat16()
-    product = 2 * size**3 / percentile_10(lambda: left @ right)
+    product = max(measure_product(size) for size in (1024, 2048))
     torch.set_num_threads(1)
     return Floor(read, product)
+
+
+def measure_product(size: int) -> float:
+    left, right = torch.randn(size, size).bfloat16(), torch.randn(size, size).bfloat16()
+    return 2 * size**3 / percentile_10(lambda: left @ right)
 
 
 def layer_parameters() -> int:
@@ -105,7 +108,8 @@ def random_weights() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
-        return (torch.randn(rows, columns, generator=generator) * columns**-0.5).bfloat16()
+        values = torch.randn(rows, columns, generator=generator)
+        return values.mul_(columns**-0.5).bfloat16()
 
     qkv = (SHAPE.num_heads + 2 * SHAPE.num_kv_heads) * SHAPE.head_dim
     weights = {
@@ -128,7 +132,8 @@ def random_weights() -> dict[str, torch.Tensor]:
 def random_pool(num_blocks: int) -> torch.Tensor:
     tile = (2, SHAPE.num_kv_heads, SHAPE.tokens_per_block, SHAPE.head_dim)
     pool = torch.empty(num_blocks, SHAPE.num_layers, *tile, dtype=torch.bfloat16)
-    return pool.normal_(generator=torch.Generator().manual_seed(1))
+    pool.normal_(generator=torch.Generator().manual_seed(1))
+    return pool
 
 
 def ints(values: object) -> np.ndarray[tuple[int, ...], np.dtype[np.int32]]:

@@ -1,4 +1,4 @@
-"""The identity of a KV block: a chain of 128-bit hashes over token ids, the same in an engine and in a router.
+"""The identity of a KV block: a chain of 128-bit hashes over token ids, the same in engines and routers.
 
 An engine finds its blocks by whole hashes. Routers and block events use their first eight bytes, the block's
 *key*: a collision there costs one badly chosen worker, never wrong KV.
@@ -24,7 +24,7 @@ def first_parent(cache_salt: str) -> bytes:
 
 
 def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """128-bit hash of a full block; `parent` is the previous block's hash, or `first_parent` for the first one."""
+    """128-bit hash of a full block; `parent` is the hash of the one before, or `first_parent`."""
     return hashlib.blake2b(array("i", token_ids).tobytes(), key=parent, digest_size=16).digest()
 
 

@@ -76,7 +76,10 @@ def serve(model: str, **options: Any) -> None:
     logs.configure(given.get("log_level", "info"))
     if given.pop("grpc", False):
         raise ConfigError("--grpc is not supported: workers speak HTTP")
-    _refuse_discovery(given)
+    for name in ("metadata_server_config_file", "disagg_cluster_uri"):
+        if name in given and "server_role" not in given:
+            raise ConfigError(f"--{name} needs --server_role CONTEXT or GENERATION")
+    places = _places(given)
     given.pop("telemetry", None)
 
     from dataclasses import replace
@@ -84,7 +87,11 @@ def serve(model: str, **options: Any) -> None:
     from diptych.config import load_llm_config
     from diptych.listen import open_listener
 
-    config = load_llm_config(model, given, given.pop("config_file", None))
+    config = replace(load_llm_config(model, given, given.pop("config_file", None)), **places)
+    if config.metadata_server is not None and config.disagg_cluster is not None:
+        raise ConfigError(
+            "a worker registers in one place: --metadata_server_config_file or a disagg_cluster"
+        )
     logs.configure(config.log_level)
     # Bound before the model loads: minutes of loading must not end in "port in use".
     with open_listener(config.host, config.port, fd=config.listen_fd) as listener:
@@ -110,23 +117,18 @@ def disaggregated(config_file: str, **options: Any) -> None:
 
     from dataclasses import replace
 
-    from diptych.config import load_disagg_config, load_metadata_config
+    from diptych.config import load_disagg_config
     from diptych.listen import open_listener
 
     given.pop("metrics_log_interval", None)
-    metadata = given.pop("metadata_server_config_file", None)
-    if metadata is not None:
-        load_metadata_config(metadata)
-        raise ConfigError(
-            "--metadata_server_config_file: finding workers through etcd is not in this version"
-        )
     for ours, theirs in (
         ("request_timeout_s", "request_timeout"),
         ("server_start_timeout_s", "server_start_timeout"),
     ):
         if theirs in given:
             given[ours] = given.pop(theirs)
-    config = load_disagg_config(config_file, given)
+    places = _places(given)
+    config = replace(load_disagg_config(config_file, given), **places)
     logs.configure(config.log_level)
     config.require_urls(config_file)
     # Only to learn the port and whether it is free: the router opens its own listeners, one a process.
@@ -185,6 +187,23 @@ def demo(once: bool | None, prompt: str | None, port: int | None) -> None:
 
 
 @main.command()
+@click.argument("worker")
+@option(
+    "--metadata_server_config_file", "-m", help="YAML file that says where etcd is, to find WORKER by its id."
+)
+@option("--disagg_cluster_uri", help="Where WORKER is registered, to find it by its id.")
+def drain(worker: str, **options: Any) -> None:
+    """Let WORKER, an address or a worker id, finish what it does and then end."""
+    logs.configure("warning")
+    from diptych.drain import run
+    from diptych.trust import ClusterTrust
+
+    places = _places({name: value for name, value in options.items() if value is not None})
+    metadata, cluster = places.get("metadata_server"), places.get("disagg_cluster")
+    click.echo(run(worker, metadata, cluster, ClusterTrust(None)))
+
+
+@main.command()
 def version() -> None:
     """Print the version."""
     click.echo(__version__)
@@ -200,19 +219,17 @@ def _run_router(config: Any) -> None:
     serve(config, router_registry)
 
 
-def _refuse_discovery(given: dict[str, Any]) -> None:
-    metadata = given.pop("metadata_server_config_file", None)
-    if metadata is not None:
-        from diptych.config import load_metadata_config
+def _places(given: dict[str, Any]) -> dict[str, Any]:
+    """Takes the options that say where workers register out of `given`, as settings."""
+    from diptych.config import cluster_from_uri, load_metadata_config
 
-        if "server_role" not in given:
-            raise ConfigError("--metadata_server_config_file needs --server_role CONTEXT or GENERATION")
-        load_metadata_config(metadata)
-        raise ConfigError("--metadata_server_config_file: registering in etcd is not in this version")
-    if given.pop("disagg_cluster_uri", None) is not None:
-        raise ConfigError(
-            "--disagg_cluster_uri: service discovery is not in this version; list urls in the YAML"
-        )
+    places: dict[str, Any] = {}
+    metadata, uri = given.pop("metadata_server_config_file", None), given.pop("disagg_cluster_uri", None)
+    if metadata is not None:
+        places["metadata_server"] = load_metadata_config(metadata)
+    if uri is not None:
+        places["disagg_cluster"] = cluster_from_uri(uri, source="--disagg_cluster_uri")
+    return places
 
 
 if __name__ == "__main__":

@@ -35,6 +35,20 @@ class KvLayout(msgspec.Struct, frozen=True, kw_only=True):
     tp_size: int = 1
     pp_rank: int = 0
     pp_size: int = 1
+    first_layer: int = 0  # this rank's first layer in the whole model
+    total_kv_heads: int | None = None  # of all ranks; None: num_kv_heads * tp_size, so no head is held twice
+
+    @property
+    def layers(self) -> range:
+        """This rank's layers in the whole model."""
+        return range(self.first_layer, self.first_layer + self.num_layers)
+
+    @property
+    def kv_heads(self) -> range:
+        """This rank's KV heads in the whole model; with more ranks than heads, neighbours hold the same one."""
+        total = self.total_kv_heads or self.num_kv_heads * self.tp_size
+        first = self.tp_rank * total // self.tp_size
+        return range(first, first + self.num_kv_heads)
 
     @property
     def item_bytes(self) -> int:

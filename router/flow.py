@@ -10,29 +10,25 @@ the context leg had given away by then is returned in the background, which no c
 
 import asyncio
 import logging
-import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from http import HTTPStatus
 from types import TracebackType
-from typing import Any
 
 import msgspec
 import orjson
 from aiohttp import web
 
-from diptych.config.routing import policy_options
 from diptych.errors import DiptychError, ModelNotFound, Unavailable, WorkerLost
 from diptych.router.downstream import Downstream
 from diptych.router.exchange import Reply
-from diptych.router.final_leg import FinalLeg
+from diptych.router.final_leg import ChooseWorkers, FinalLeg
 from diptych.router.frontends.openai import Call, Prefill, client_answer, parse_prefill
-from diptych.router.leg import Leg, is_late, left, unavailable
+from diptych.router.leg import Leg, left, unavailable
 from diptych.router.metrics import Metrics
-from diptych.router.policies import load_policy
-from diptych.router.policies.request import RouteRequest
 from diptych.router.pool import LegRole, Pool, WorkerView
+from diptych.router.routing import Route, Routing
 from diptych.router.settings import Limits, RouterSettings
 
 _log = logging.getLogger(__name__)
@@ -54,31 +50,34 @@ class Flow:
         self._attempts = 1 + settings.max_retries
         self._context = Leg("CONTEXT", pool, metrics.context)
         self._generation = Leg("GENERATION", pool, metrics.generation)
-        rng = random.Random()
-        self._policies = {
-            role: load_policy(section.router.type, policy_options(section.router.type, {}, source=role), rng)
-            for role, section in (
-                ("CONTEXT", settings.context_servers),
-                ("GENERATION", settings.generation_servers),
-            )
-        }
+        self._routing = Routing(pool, metrics, settings)
         self._background: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> "Flow":
+        await self._routing.__aenter__()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self._routing.__aexit__(kind, error, trace)
         await asyncio.gather(*self._background)
 
     async def run(self, call: Call, client: Downstream) -> web.StreamResponse:
         self._check_model(call.model)
+        with await self._routing.route(call) as route:
+            if route.stays_local():
+                workers = partial(self._workers, route, call.model, ("GENERATION", "CONTEXT"))
+                return await self._final_leg(route.call, client, workers).run(None)
+            return await self._both_legs(route, client)
+
+    async def _both_legs(self, route: Route, client: Downstream) -> web.StreamResponse:
+        call = route.call
         try:
-            context = await self._context_leg(call, client)
+            context = await self._context_leg(route, client)
         except Unavailable as error:
-            workers = partial(self._workers, call.model, ("GENERATION",))
-            return await self._final_leg(call, client, None, workers, error)
+            workers = partial(self._workers, route, call.model, ("GENERATION",))
+            return await self._final_leg(call, client, workers).run(error)
         if isinstance(context, Reply):
             return client.pass_on(context)
         client.set_header("X-Diptych-Context-Worker", context.worker.worker_id)
@@ -92,23 +91,40 @@ class Flow:
                     return await client.finish(left(call))
                 return client.answer(HTTPStatus.OK, client_answer(context.body))
             model = call.model or next(iter(context.worker.models), None)  # both legs: one model
-            workers = partial(self._workers, model, ("GENERATION", "CONTEXT"))
-            response = await self._final_leg(call, client, context, workers, None)
-            taken_over = not client.failed
+            workers = partial(self._workers, route, model, ("GENERATION", "CONTEXT"))
+            final = self._final_leg(call, client, workers, context)
+            response = await final.run(None)
+            taken_over = final.undisturbed
             return response
         finally:
             if not taken_over:
-                self._release(call, context)
+                self._release(call, context, None)
 
-    async def _context_leg(self, call: Call, client: Downstream) -> ContextResult | Reply:
+    def _final_leg(
+        self, call: Call, client: Downstream, workers: ChooseWorkers, context: ContextResult | None = None
+    ) -> FinalLeg:
+        return FinalLeg(
+            self._generation,
+            self._pool,
+            call,
+            client,
+            workers,
+            resumes=self._attempts - 1 + len(self._pool.workers),
+            wait_s=self._limits.resume_wait_s,
+            prefill=None if context is None else context.prefill,
+            release=None if context is None else partial(self._release, call, context),
+        )
+
+    async def _context_leg(self, route: Route, client: Downstream) -> ContextResult | Reply:
         """Raises Unavailable when no worker could be had. A Reply is a worker's error, for the client."""
+        call = route.call
         failure: Unavailable | None = None
         body = call.context_body()
         leg = self._context
         started = time.monotonic()
         self._metrics.queue_latency.observe(started - call.arrived)
         client.add_timing(f"router_queue;dur={(started - call.arrived) * 1000:.2f}")
-        for attempt, worker in enumerate(self._workers(call.model, ("CONTEXT",), set())):
+        for attempt, worker in enumerate(self._workers(route, call.model, ("CONTEXT",), set())):
             leg.count_attempt(attempt)
             try:
                 with worker:
@@ -119,7 +135,7 @@ class Flow:
                 if isinstance(error, asyncio.CancelledError):
                     raise
                 leg.note_failure(call, worker, error)
-                if not isinstance(error, WorkerLost) or is_late(call, error):
+                if not isinstance(error, WorkerLost):
                     raise
                 failure = error
                 continue
@@ -137,32 +153,8 @@ class Flow:
             failure = unavailable(worker, reply)
         raise failure or leg.nobody(self._limits.probe_retry_s)
 
-    async def _final_leg(
-        self,
-        call: Call,
-        client: Downstream,
-        context: ContextResult | None,
-        workers: Any,
-        failure: DiptychError | None,
-    ) -> web.StreamResponse:
-        final = FinalLeg(
-            self._generation,
-            self._pool,
-            call,
-            client,
-            None if context is None else context.prefill,
-            workers=workers,
-            resumes=self._attempts - 1 + len(self._pool.workers),
-            resume_wait_s=self._limits.resume_wait_s,
-        )
-        try:
-            return await final.run(failure)
-        finally:
-            if context is not None and final.unfetched:
-                self._release(call, context)
-
     def _workers(
-        self, model: str | None, roles: tuple[LegRole, ...], tried: set[str]
+        self, route: Route, model: str | None, roles: tuple[LegRole, ...], tried: set[str]
     ) -> Iterator[WorkerView]:
         """Workers to try, each once, and none of `tried`; who is ready is looked up when one is asked for."""
         for role in roles:
@@ -171,7 +163,7 @@ class Flow:
                 candidates = [worker for worker in ready if worker.worker_id not in tried] if tried else ready
                 if not candidates:
                     break
-                worker = self._policies[role].pick(RouteRequest(), self._pool.unhindered(candidates))
+                worker = route.pick(role, self._pool.unhindered(candidates))
                 tried.add(worker.worker_id)
                 yield worker
 
@@ -183,10 +175,10 @@ class Flow:
             listed = ", ".join(repr(name) for name in names)
             raise ModelNotFound(f"The model {model!r} does not exist; there is: {listed}.", param="model")
 
-    def _release(self, call: Call, context: ContextResult) -> None:
-        """Return the blocks of tickets that nobody will fetch."""
+    def _release(self, call: Call, context: ContextResult, indices: Iterable[int] | None) -> None:
+        """Return the blocks of tickets that nobody will fetch: of these choices, or of all."""
         try:
-            ticket_ids = context.prefill.ticket_ids()
+            ticket_ids = context.prefill.ticket_ids(indices)
         except msgspec.DecodeError as error:
             _log.warning("request %s: its tickets wait for their lease to end: %s", call.request_id, error)
             return
@@ -195,5 +187,36 @@ class Flow:
             self._post_release(call, context.worker, {"ticket_ids": ticket_ids})
 
     def _revoke(self, call: Call, worker: WorkerView) -> None:
-        """Return what the context leg of this request got there, now or later."""
+        """Return whatever the context leg of this request got from the worker, or gets yet."""
         self._post_release(call, worker, {"disagg_request_ids": [call.unique_id]})
+
+    def _post_release(self, call: Call, worker: WorkerView, what: dict[str, list[str]]) -> None:
+        async def post() -> None:
+            now = time.monotonic()
+            try:
+                reply = await worker.client.request(
+                    "POST",
+                    "/kv/release",
+                    deadline=now + self._limits.release_s,
+                    headers=call.headers(now),
+                    body=orjson.dumps(what),
+                )
+            except DiptychError as error:
+                _log.info(
+                    "request %s: its tickets wait for their lease to end: %s", call.request_id, error.message
+                )
+                return
+            _log.info("request %s: tickets returned, status %d", call.request_id, reply.status)
+
+        task = asyncio.create_task(post(), name=f"release-{call.request_id}")
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+
+def _prefill_of(worker: WorkerView, reply: Reply) -> Prefill:
+    try:
+        return parse_prefill(reply.body)
+    except msgspec.DecodeError as error:
+        raise DiptychError(
+            f"The context worker at {worker.client.url} does not answer as one: {error}."
+        ) from None

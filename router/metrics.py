@@ -26,6 +26,7 @@ class LegMetrics:
         self.errors = counter("error_requests", f"Legs that failed on a {role} worker.")
         self.retries = counter("retry_requests", f"Legs sent again, to another {role} worker.")
         self.completed = counter("completed_requests", f"Legs that a {role} worker completed.")
+        self.resumed = counter("resumed_streams", f"Streams that broke off on one {role} worker and went on.")
         self.first_token = histogram(
             "first_token_latency_seconds", f"From sending a leg to a {role} worker to its first token."
         )
@@ -55,6 +56,21 @@ class Metrics:
             "From a request's arrival to its first leg.",
             registry=self.registry,
             buckets=_SECONDS,
+        )
+        self.prefix_tokens = Counter(
+            "diptych_router_prefix_tokens",
+            "Prompt tokens of legs that a kv_cache_aware policy placed.",
+            ["leg"],
+            registry=self.registry,
+        )
+        self.prefix_matched = Counter(
+            "diptych_router_prefix_matched",
+            "Those of them that are in the chosen worker's prefix cache, or on their way there.",
+            ["leg"],
+            registry=self.registry,
+        )
+        self.local_prefills = counter(
+            "diptych_router_local_prefills", "Requests without a context leg: little was left to compute."
         )
         self.context = LegMetrics("ctx", "context", self.registry)
         self.generation = LegMetrics("gen", "generation", self.registry)

@@ -9,9 +9,11 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Literal
+
+import msgspec
 
 from diptych.discovery import Registry, Snapshot
 from diptych.errors import DeadlineExceeded, DiptychError, WorkerLost
@@ -40,6 +42,7 @@ class WorkerView:
         "info",
         "kick",
         "misses",
+        "news",
         "probed",
     )
 
@@ -55,6 +58,7 @@ class WorkerView:
         self.in_flight = 0
         self.elsewhere = 0.0  # requests that others gave it, when it was last asked
         self.kick = asyncio.Event()
+        self.news = False  # the kick came from the registry: no reason to wait before the probe
 
     @property
     def worker_id(self) -> str:
@@ -62,7 +66,11 @@ class WorkerView:
 
     @property
     def ready(self) -> bool:
-        return self.facts is not None and self.facts.state == "READY" and self.info.state == "READY"
+        facts = self.facts
+        if facts is None or facts.state != "READY" or self.info.state != "READY":
+            return False
+        # Another process may answer at the address of one whose place in the registry has not ended yet.
+        return not (self.info.incarnation and facts.incarnation) or self.info.incarnation == facts.incarnation
 
     @property
     def state(self) -> str:
@@ -112,7 +120,16 @@ class WorkerView:
 class Pool:
     """Use as ``async with``: watching and probing run inside."""
 
-    def __init__(self, registry: Registry, limits: Limits, *, rng: random.Random | None = None) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        limits: Limits,
+        *,
+        rng: random.Random | None = None,
+        minimal: Mapping[LegRole, int] | None = None,
+    ) -> None:
+        """`minimal`: how many workers of each role make the mesh ready [1]."""
+        self.minimal: Mapping[LegRole, int] = minimal or {"CONTEXT": 1, "GENERATION": 1}
         self._registry = registry
         self._limits = limits
         self._rng = rng or random.Random()
@@ -150,6 +167,12 @@ class Pool:
             if found:  # names that nobody serves are not kept: clients choose them
                 self._ready[key] = found
         return found
+
+    def unhindered(self, workers: Sequence[WorkerView]) -> Sequence[WorkerView]:
+        """Those that may take a leg now: not the ones on probation that are full, unless all of them are."""
+        if all(worker.allowance is None for worker in workers):
+            return workers
+        return [worker for worker in workers if not worker.is_full] or workers
 
     def models(self) -> tuple[str, ...]:
         """Every name that some worker answers to."""
@@ -196,27 +219,48 @@ class Pool:
 
     def _apply(self, snapshot: Snapshot) -> None:
         announced = {info.worker_id: info for info in snapshot}
+        before = {worker.info.url: worker for worker in self._workers.values()}
+        changed = False
         for worker_id in [*self._workers]:
             info = announced.get(worker_id)
             if info is None or info.url != self._workers[worker_id].info.url:
                 self._drop(worker_id)
+                changed = True
         for worker_id, info in announced.items():
             worker = self._workers.get(worker_id)
             if worker is None:
-                self._add(info)
+                self._add(info, before.get(info.url))
+                changed = True
             elif info != worker.info:
-                if info.incarnation != worker.info.incarnation:
-                    worker.facts = None
-                worker.info = info
-                worker.kick.set()
-        self._note_change()
+                changed = self._update(worker, info) or changed
+        if changed:
+            self._note_change()
 
-    def _add(self, info: WorkerInfo) -> None:
+    def _update(self, worker: WorkerView, info: WorkerInfo) -> bool:
+        """False when only its load is another: workers tell that every second."""
+        old, worker.info = worker.info, info
+        if msgspec.structs.replace(old, load=info.load) == info:
+            return False
+        if info.incarnation != old.incarnation:
+            worker.facts = None
+        if info.state != old.state:
+            _log.info("worker %s is announced as %s", worker.worker_id, info.state)
+        worker.news = True
+        worker.kick.set()
+        return True
+
+    def _add(self, info: WorkerInfo, before: WorkerView | None) -> None:
+        """`before`: who had the same address until now."""
         try:
             worker = WorkerView(info, self._limits)
         except DiptychError as error:
             _log.error("worker %s is left out: %s", info.worker_id, error.message)
             return
+        _log.info("Server %s is added", info.url)
+        facts = None if before is None else before.facts
+        if before is not None and facts is not None and facts.incarnation == info.incarnation != "":
+            worker.learn(facts)  # the same process under another name: it stays in service
+            worker.incarnation, worker.probed = before.incarnation, before.probed
         self._workers[info.worker_id] = worker
         self._probes[info.worker_id] = asyncio.create_task(
             self._keep_probing(worker), name=f"probe-{info.worker_id}"
@@ -226,11 +270,13 @@ class Pool:
         worker = self._workers.pop(worker_id)
         self._probes.pop(worker_id).cancel()
         worker.client.close()  # legs that run on it go on
-        _log.info("worker %s left", worker_id)
+        _log.info("Server %s is removed", worker.info.url)
 
     async def _keep_probing(self, worker: WorkerView) -> None:
         retry_s = self._limits.probe_retry_s
         while True:
+            worker.kick.clear()  # before the probe: news that come during it ask for another one
+            worker.news = False
             await self._probe(worker)
             if worker.facts is not None:
                 retry_s = self._limits.probe_retry_s
@@ -242,12 +288,11 @@ class Pool:
 
     async def _pause(self, worker: WorkerView, delay_s: float) -> None:
         """Sleep, unless news of the worker come; a loss just found is given its first delay all the same."""
-        worker.kick.clear()
         try:
             await within(delay_s, worker.kick.wait())
         except asyncio.TimeoutError:
             return
-        if worker.facts is None:
+        if worker.facts is None and not worker.news:
             await asyncio.sleep(self._limits.probe_retry_s * self._rng.uniform(0.8, 1.2))
 
     async def _probe(self, worker: WorkerView) -> None:

@@ -1,8 +1,8 @@
 """Which worker has which KV blocks in its prefix cache, as far as its events and our own requests tell.
 
-Pure. Blocks are keys (diptych.block_hash). A worker's *known* blocks follow its events; *expected* ones are those
-that a request on its way there will bring: without them, ten requests that come at once with the same
-new prompt would go to ten workers. An expectation ends when the event comes, or after a while.
+Pure. Blocks are keys (diptych.block_hash). A worker's *known* blocks follow its events; *expected* ones are
+those that a request on its way there will bring: without them, ten requests that come at once with the same
+new prompt would go to ten workers. An expectation ends some time after its request.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from diptych.block_hash import unpack_keys
 from diptych.wire import KvEvents
 
-_EXPECT_S = 15.0
+_EXPECT_S = 120.0  # after it was sent off, a request has computed its prompt
+_SETTLE_S = 2.0  # after it has ended, its events are here
 _SWEEP = 4096  # expected blocks of a worker, above which those that are over are swept out
 
 
@@ -41,6 +42,8 @@ class PrefixIndex:
         changes = events.changes
         if changes is not None and changes.reset:
             holdings.known = set(unpack_keys(changes.stored))
+            if events.epoch != holdings.epoch:
+                holdings.expected.clear()  # of a process that is gone
         elif asked != (holdings.epoch, holdings.last) or events.epoch != holdings.epoch:
             del self._workers[worker_id]
             return False
@@ -69,12 +72,13 @@ class PrefixIndex:
             }
             holdings.sweep_at = max(_SWEEP, 2 * len(holdings.expected))
 
-    def disappoint(self, worker_id: str, keys: Sequence[int]) -> None:
-        """The request did not get there."""
+    def settle(self, worker_id: str, keys: Sequence[int], now: float) -> None:
+        """That request has ended: what it brought shows in events, or it brought nothing."""
         holdings = self._workers.get(worker_id)
         if holdings is not None:
             for key in keys:
-                holdings.expected.pop(key, None)
+                if key in holdings.expected:
+                    holdings.expected[key] = now + _SETTLE_S
 
     def match(self, worker_id: str, keys: Sequence[int], now: float) -> int:
         """How many of a prompt's blocks the worker has, from the first one on without a gap."""

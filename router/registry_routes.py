@@ -1,4 +1,4 @@
-"""The HTTP face of the registry that this router keeps (diptych/discovery/embedded_client.py is the other side)."""
+"""The HTTP face of the registry that this router keeps; diptych/discovery/embedded_client.py is the other side."""
 
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
@@ -6,9 +6,11 @@ from http import HTTPStatus
 import msgspec
 from aiohttp import web
 
+from diptych.discovery import Registry
 from diptych.discovery.address import parse_address
 from diptych.discovery.embedded import EmbeddedRegistry
 from diptych.discovery.embedded_client import PATH, Announced
+from diptych.discovery.merged import MergedRegistry
 from diptych.errors import ConfigError, DiptychError, InvalidRequest, NotFound
 from diptych.trust import ClusterTrust
 from diptych.wire import WorkerInfo
@@ -50,9 +52,9 @@ class RegistryRoutes:
         except (msgspec.DecodeError, ConfigError) as error:
             raise InvalidRequest(f"The body must be a WorkerInfo object: {error}.") from None
         if info.worker_id != request.match_info["worker_id"]:
+            named = request.match_info["worker_id"]
             raise InvalidRequest(
-                f"worker_id is {info.worker_id!r} in the body and {request.match_info['worker_id']!r} in the path.",
-                param="worker_id",
+                f"worker_id is {info.worker_id!r} in the body and {named!r} in the path.", param="worker_id"
             )
         if not self._registry.announce(info):
             return _answer(NotFound(f"The worker {info.worker_id!r} was taken out.").body(), HTTPStatus.GONE)
@@ -65,7 +67,12 @@ class RegistryRoutes:
         return _answer({"worker_id": worker_id})
 
 
+def kept_here(registry: Registry) -> EmbeddedRegistry | None:
+    """The part of a registry that this router keeps, if any."""
+    if isinstance(registry, MergedRegistry):
+        registry = registry.registry
+    return registry if isinstance(registry, EmbeddedRegistry) else None
+
+
 def _answer(content: object, status: int = HTTPStatus.OK) -> web.Response:
-    return web.Response(
-        body=msgspec.json.encode(content), status=status, content_type="application/json"
-    )
+    return web.Response(body=msgspec.json.encode(content), status=status, content_type="application/json")

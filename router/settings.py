@@ -1,17 +1,31 @@
 """What the router needs to know from the configuration, and its own time limits."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
+
+from diptych.config.routing import ConditionalDisagg
 
 
 class PolicySettings(Protocol):
     @property
     def type(self) -> str: ...
+    @property
+    def options(self) -> Mapping[str, Any]: ...
 
 
 class PoolSettings(Protocol):
     @property
     def router(self) -> PolicySettings: ...
+
+
+class MinimalSettings(Protocol):
+    """How many workers of each role make the mesh ready."""
+
+    @property
+    def context_servers(self) -> int: ...
+    @property
+    def generation_servers(self) -> int: ...
 
 
 class RouterSettings(Protocol):
@@ -26,6 +40,10 @@ class RouterSettings(Protocol):
     @property
     def generation_servers(self) -> PoolSettings: ...
     @property
+    def model(self) -> str | None: ...
+    @property
+    def conditional_disagg_config(self) -> ConditionalDisagg | None: ...
+    @property
     def max_retries(self) -> int: ...
     @property
     def request_timeout_s(self) -> float: ...
@@ -35,6 +53,12 @@ class RouterSettings(Protocol):
     def max_body_bytes(self) -> int: ...
     @property
     def server_keep_alive_timeout(self) -> float: ...
+    @property
+    def minimal_instances(self) -> "MinimalSettings | None":
+        """None: requests are taken from the start."""
+
+    @property
+    def cluster_secret(self) -> str | None: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,10 @@ class StatusPages:
                     "context_servers": [_describe(w) for w in workers if w.has_role("CONTEXT")],
                     "generation_servers": [_describe(w) for w in workers if w.has_role("GENERATION")],
                 },
-                "minimal_instances": {"context_servers": 1, "generation_servers": 1},
+                "minimal_instances": {
+                    "context_servers": self._pool.minimal["CONTEXT"],
+                    "generation_servers": self._pool.minimal["GENERATION"],
+                },
             }
         )
 
@@ -72,8 +75,27 @@ class StatusPages:
         )
 
 
+class StartGate:
+    """Refuses requests until `minimal_instances` of each role have been ready together once.
+
+    Later on a missing worker makes /health say so, but requests are served with those that are left.
+    """
+
+    def __init__(self, pool: Pool, *, is_open: bool) -> None:
+        self._pool = pool
+        self._is_open = is_open
+
+    def check(self) -> None:
+        if self._is_open:
+            return
+        if missing_roles(self._pool):
+            raise Unavailable(f"Not ready: {describe_missing(self._pool)}.", retry_after_s=1.0)
+        self._is_open = True
+
+
 def missing_roles(pool: Pool) -> list[LegRole]:
-    return [role for role in _ROLES if not pool.ready(role)]
+    """Roles with fewer ready workers than it takes to be ready."""
+    return [role for role in _ROLES if len(pool.ready(role)) < pool.minimal[role]]
 
 
 def describe_missing(pool: Pool) -> str:
@@ -81,7 +103,12 @@ def describe_missing(pool: Pool) -> str:
     parts = []
     for role in missing_roles(pool):
         states = [f"{w.worker_id} is {w.state}" for w in pool.workers if w.has_role(role)]
-        parts.append(f"no {role.lower()} worker is ready ({', '.join(states) or 'none is known'})")
+        known, minimal = ", ".join(states) or "none is known", pool.minimal[role]
+        if minimal == 1:
+            parts.append(f"no {role.lower()} worker is ready ({known})")
+        else:
+            count = len(pool.ready(role))
+            parts.append(f"{count} of {minimal} {role.lower()} workers are ready ({known})")
     return "; ".join(parts)
 
 

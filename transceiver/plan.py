@@ -1,48 +1,67 @@
 """The copy plan: which bytes of the owner's pool go where in the reader's pool.
 
-Pure arithmetic over two `KvLayout`s and two block lists. A plan is byte spans relative to the first block of
-each pool; it knows no addresses, no transports and no tickets. Today both layouts must be equal, and then one
-block is one span; spans can express re-sliced layouts as well.
+Pure arithmetic over two `KvLayout`s and two block lists; it knows no addresses, no transports and no tickets.
+A plan is a grid: each row is a run of tokens (where it lies in each pool), each cell a piece of every row
+(where it lies inside a run's block), all cells are equally long. Between equal layouts a row is a block and
+there is one cell; between layouts that hold other layers, KV heads or tokens per block a cell is as much of a
+block as is contiguous on both sides. So a plan of 32k tokens is a few thousand numbers whatever the layouts.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from diptych.errors import TransferError
 from diptych.kv_layout import KvLayout
-
-Int64s = npt.NDArray[np.int64]
+from diptych.transceiver.owners import Part, require_compatible
+from diptych.transceiver.spans import Int64s, Spans
 
 
 @dataclass(frozen=True, slots=True)
 class CopyPlan:
-    """Spans in the order of `destination_blocks`: neighbours on both sides are one span."""
+    """For every row r and cell c, `length` bytes go from `row_source[r] + cell_source[c]` to
+    `row_destination[r] + cell_destination[c]`.
+    """
 
-    source_blocks: Int64s
+    positions: Int64s  # in the owner's list: the blocks that are read
+    source_blocks: Int64s  # their ids
     destination_blocks: Int64s
-    source_offset: Int64s
-    destination_offset: Int64s
-    length: Int64s
-    block_bytes: int
+    row_block: Int64s  # index into source_blocks
+    row_source: Int64s
+    row_destination: Int64s
+    cell_source: Int64s
+    cell_destination: Int64s
+    length: int
+    source_block_bytes: int
+    destination_block_bytes: int
 
     @property
     def num_bytes(self) -> int:
-        return int(self.length.sum())
+        return len(self.row_source) * len(self.cell_source) * self.length
 
-    def pieces(self, max_bytes: int) -> "CopyPlan":
-        """The same copy in spans of at most `max_bytes`, cut between blocks (a block is never cut)."""
-        step = max(1, max_bytes // self.block_bytes) * self.block_bytes
-        index, inside, length = cut(self.length, step)
-        return replace(
-            self,
-            source_offset=self.source_offset[index] + inside,
-            destination_offset=self.destination_offset[index] + inside,
-            length=length,
-        )
+    @property
+    def whole_blocks(self) -> bool:
+        """Blocks arrive as they were, so that a destination block has the digest of its source."""
+        return self.length == self.source_block_bytes == self.destination_block_bytes
+
+    @property
+    def complete(self) -> np.ndarray:
+        """For each of `source_blocks`, whether the plan copies all its bytes: then its digest can be checked."""
+        rows = np.bincount(self.row_block, minlength=len(self.source_blocks))
+        complete: np.ndarray = rows * (len(self.cell_source) * self.length) == self.source_block_bytes
+        return complete
+
+    def spans(self) -> Spans:
+        """Row after row, neighbours on both sides merged."""
+        source = (self.row_source[:, None] + self.cell_source).reshape(-1)
+        destination = (self.row_destination[:, None] + self.cell_destination).reshape(-1)
+        return Spans(source, destination, np.full(len(source), self.length, np.int64)).merged()
+
+    def pieces(self, max_bytes: int) -> Spans:
+        """Spans of at most `max_bytes`; a block that arrives whole is never cut."""
+        return self.spans().pieces(max_bytes, self.source_block_bytes if self.whole_blocks else 1)
 
     def require_within(self, *, source_blocks: int, destination_blocks: int) -> None:
         """Both pools are large enough; the sizes are in blocks."""
@@ -57,62 +76,130 @@ class CopyPlan:
                 )
 
 
-def cut(length: Int64s, step: int) -> tuple[Int64s, Int64s, Int64s]:
-    """Spans of at most `step` bytes: (which span each comes from, offset inside it, length)."""
-    counts = -(-length // step)
-    index = np.repeat(np.arange(len(length)), counts)
-    inside = (np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)) * step
-    return index, inside, np.minimum(length[index] - inside, step)
-
-
-def batches(length: Int64s, max_bytes: int, max_spans: int) -> Iterator[slice]:
-    """Runs of at most `max_spans` spans and `max_bytes` together (a longer span goes alone)."""
-    first, batch_bytes = 0, 0
-    for i, span_bytes in enumerate(length.tolist()):
-        if i > first and (batch_bytes + span_bytes > max_bytes or i - first == max_spans):
-            yield slice(first, i)
-            first, batch_bytes = i, 0
-        batch_bytes += span_bytes
-    if first < len(length):
-        yield slice(first, len(length))
-
-
 def plan_copy(
     source: KvLayout,
     destination: KvLayout,
     source_blocks: Sequence[int],
+    indices: Sequence[int],
     destination_blocks: Sequence[int],
+    *,
+    num_tokens: int,
+    part: Part | None = None,
 ) -> CopyPlan:
-    _require_equal(source, destination)
-    if len(source_blocks) != len(destination_blocks):
+    """`source_blocks` hold a sequence's `num_tokens` tokens from the first on; `destination_blocks[i]` is to
+    hold the sequence's block number `indices[i]`, counted in blocks of the destination.
+
+    `part` names the layers and heads to take; None: all that the destination holds.
+    """
+    require_compatible(source, destination)
+    positions, targets = np.asarray(indices, np.int64), np.asarray(destination_blocks, np.int64)
+    _check_lists(source, destination, len(source_blocks), positions, targets, num_tokens)
+    blocks = np.asarray(source_blocks, np.int64)
+    if part is None and source.fingerprint() == destination.fingerprint():
+        return _plan_whole(source.block_bytes, blocks, positions, targets)
+    part = part or Part(0, destination.layers, destination.kv_heads)
+    return _plan_cut(source, destination, blocks, positions, targets, num_tokens, part)
+
+
+def _check_lists(
+    source: KvLayout,
+    destination: KvLayout,
+    num_source: int,
+    positions: Int64s,
+    targets: Int64s,
+    num_tokens: int,
+) -> None:
+    if len(positions) != len(targets):
         raise TransferError(
-            f"{len(source_blocks)} source blocks cannot fill {len(destination_blocks)} destination blocks",
+            f"{len(positions)} blocks cannot fill {len(targets)} destination blocks", code="layout"
+        )
+    if len(np.unique(targets)) != len(targets):
+        raise TransferError("a destination block is named twice", code="layout")
+    held = min(num_tokens, num_source * source.tokens_per_block)
+    limit = -(-held // destination.tokens_per_block)
+    if len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < limit:
+        raise TransferError(
+            f"a source index lies outside the {limit} blocks that the ticket's {num_source} blocks fill",
             code="layout",
         )
-    src = np.asarray(source_blocks, np.int64).reshape(-1)
-    dst = np.asarray(destination_blocks, np.int64).reshape(-1)
-    if len(set(destination_blocks)) != len(dst):
-        raise TransferError("a destination block is named twice", code="layout")
-    starts = np.flatnonzero(np.r_[True, (np.diff(src) != 1) | (np.diff(dst) != 1)][: len(src)])
-    num_blocks = np.diff(np.r_[starts, len(src)])
-    block_bytes = source.block_bytes
+
+
+def _plan_whole(block_bytes: int, blocks: Int64s, positions: Int64s, targets: Int64s) -> CopyPlan:
+    source = blocks[positions]
     return CopyPlan(
-        source_blocks=src,
-        destination_blocks=dst,
-        source_offset=src[starts] * block_bytes,
-        destination_offset=dst[starts] * block_bytes,
-        length=num_blocks * block_bytes,
-        block_bytes=block_bytes,
+        positions=positions,
+        source_blocks=source,
+        destination_blocks=targets,
+        row_block=np.arange(len(source)),
+        row_source=source * block_bytes,
+        row_destination=targets * block_bytes,
+        cell_source=np.zeros(1, np.int64),
+        cell_destination=np.zeros(1, np.int64),
+        length=block_bytes,
+        source_block_bytes=block_bytes,
+        destination_block_bytes=block_bytes,
     )
 
 
-def _require_equal(source: KvLayout, destination: KvLayout) -> None:
-    if source == destination:
-        return
-    theirs, ours = msgspec.structs.asdict(source), msgspec.structs.asdict(destination)
-    differing = ", ".join(
-        f"{name} is {theirs[name]!r} there and {ours[name]!r} here"
-        for name in theirs
-        if theirs[name] != ours[name]
+def _plan_cut(
+    source: KvLayout,
+    destination: KvLayout,
+    blocks: Int64s,
+    positions: Int64s,
+    targets: Int64s,
+    num_tokens: int,
+    part: Part,
+) -> CopyPlan:
+    run = math.gcd(source.tokens_per_block, destination.tokens_per_block)
+    token_bytes = source.head_dim * source.item_bytes
+    per_target = destination.tokens_per_block // run
+    inside = np.arange(per_target) * run
+    first = (positions[:, None] * destination.tokens_per_block + inside).reshape(-1)
+    target = np.repeat(targets * destination.block_bytes, per_target) + np.tile(
+        inside * token_bytes, len(targets)
     )
-    raise TransferError(f"KV layouts differ: {differing}", code="layout")
+    # The last block of a sequence need not be full on either side.
+    there = first < min(num_tokens, len(blocks) * source.tokens_per_block)
+    first, target = first[there], target[there]
+    read, row_block = np.unique(first // source.tokens_per_block, return_inverse=True)
+    from_source, to_destination, length = _cells(source, destination, part, run)
+    return CopyPlan(
+        positions=read,
+        source_blocks=blocks[read],
+        destination_blocks=targets,
+        row_block=row_block.reshape(-1),
+        row_source=blocks[read][row_block.reshape(-1)] * source.block_bytes
+        + first % source.tokens_per_block * token_bytes,
+        row_destination=target,
+        cell_source=from_source,
+        cell_destination=to_destination,
+        length=length,
+        source_block_bytes=source.block_bytes,
+        destination_block_bytes=destination.block_bytes,
+    )
+
+
+def _cells(
+    source: KvLayout, destination: KvLayout, part: Part, run: int
+) -> tuple[Int64s, Int64s, int]:
+    """Where the part's pieces lie inside a block of each side, and how long a piece is."""
+    length = run * source.head_dim * source.item_bytes
+    # Whole tiles of neighbouring heads lie side by side; with all heads, K and V and the layers do too.
+    whole_tiles = run == source.tokens_per_block == destination.tokens_per_block
+    all_heads = len(part.kv_heads) == source.num_kv_heads == destination.num_kv_heads
+    if whole_tiles and all_heads:
+        length *= len(part.layers) * 2 * len(part.kv_heads)
+        layers, kinds, heads = part.layers[:1], range(1), part.kv_heads[:1]
+    elif whole_tiles:
+        length *= len(part.kv_heads)
+        layers, kinds, heads = part.layers, range(2), part.kv_heads[:1]
+    else:
+        layers, kinds, heads = part.layers, range(2), part.kv_heads
+    offsets = []
+    for side in (source, destination):
+        tile = side.tokens_per_block * side.head_dim * side.item_bytes
+        layer = np.asarray(layers)[:, None, None] - side.first_layer
+        head = np.asarray(heads)[None, None, :] - side.kv_heads.start
+        tiles = (layer * 2 + np.asarray(kinds)[None, :, None]) * side.num_kv_heads + head
+        offsets.append((tiles * tile).reshape(-1).astype(np.int64))
+    return offsets[0], offsets[1], length

@@ -18,6 +18,7 @@ from diptych.config import LlmConfig
 from diptych.errors import DiptychError, InvalidRequest, NotFound, PayloadTooLarge
 from diptych.worker.keys import SERVICE
 from diptych.worker.kv_routes import kv_cache_events, kv_events
+from diptych.worker.registration import registered
 from diptych.worker.responder import chat, complete, probe, tokenize
 from diptych.worker.service import WorkerService
 
@@ -64,6 +65,7 @@ def create_app(service: WorkerService) -> web.Application:
             web.get("/prometheus/metrics", _prometheus),
             web.get("/perf_metrics", _perf_metrics),
             web.post("/kv/release", _release),
+            web.post("/drain", _drain),
             web.get("/kv_events", kv_events),
             web.post("/kv_cache_events", kv_cache_events),
         ]
@@ -74,35 +76,44 @@ def create_app(service: WorkerService) -> web.Application:
 async def _serve(config: LlmConfig) -> int:
     assert config.listen_fd is not None, "the command line opens the listener"
     service = WorkerService(config)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, service.request_drain, signal.Signals(number).name)
     # A client that goes away cancels its handler, and that its sequences.
     runner = web.AppRunner(create_app(service), handler_cancellation=True, access_log=None)
     await runner.setup()
     try:
         # The port answers while the model loads, with 503: who asks learns that somebody is at home.
         await web.SockSite(runner, socket.socket(fileno=os.dup(config.listen_fd))).start()
-        await service.start()
-        log.info("serving %s on http://%s:%d", config.model_name, config.host, config.port)
-        return await _until_stopped(service)
+        async with registered(service):
+            return await _until_stopped(service)
     finally:
         await service.close()
         await runner.cleanup()
 
 
 async def _until_stopped(service: WorkerService) -> int:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    stopped = asyncio.ensure_future(stop.wait())
-    waits: set[asyncio.Future[Any]] = {stopped, service.engine.died}
-    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    starting = asyncio.create_task(service.start())
+    stopping = asyncio.create_task(service.stopping.wait())
+    try:
+        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            return 0
+        starting.result()
+        config = service.config
+        log.info("serving %s on http://%s:%d", config.model_name, config.host, config.port)
+        waits: set[asyncio.Future[Any]] = {stopping, service.engine.died}
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        if not service.engine.died.done():
+            await service.drain()
+    finally:
+        for task in (starting, stopping):
+            task.cancel()
+        await asyncio.gather(starting, stopping, return_exceptions=True)
     if service.engine.died.done():
-        stopped.cancel()
         log.error("the engine process ended with exit code %d: stopping", service.engine.died.result())
         await asyncio.sleep(0)  # its open requests have their error events: let the handlers send them
         return 1
-    log.info("draining: %d open requests", service.open_requests)
-    await service.drain()
     return 0
 
 
@@ -223,4 +234,18 @@ async def _release(request: web.Request) -> web.Response:
     return _json({"released": len(ticket_ids)})
 
 
-
+async def _drain(request: web.Request) -> web.Response:
+    """Leave the mesh: what runs ends, then the process does."""
+    service = request.app[SERVICE]
+    service.trust.check(request.remote, request.headers)
+    service.request_drain("POST /drain")
+    held = service.engine.stats.leased_blocks if service.is_loaded else 0
+    return _json(
+        {
+            "worker_id": service.worker_id,
+            "state": service.state,
+            "open_requests": service.open_requests,
+            "held_blocks": held,
+        },
+        status=202,
+    )

@@ -1,7 +1,7 @@
 """What entered and left the prefix cache since the last step, for routers that want to know.
 
-Only the last thing that happened to a hash counts, so that the record never outgrows what a step can touch and
-its order does not matter. Exists only while somebody listens.
+Only the last thing that happened to a hash counts, so that the record never outgrows what a step can touch,
+and its order does not matter. Exists only while somebody listens.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ from diptych.wire import BlockChanges, StoredBlock
 
 class ChangeRecorder:
     def __init__(self, known: Iterable[bytes], *, with_tokens: bool) -> None:
-        """`known`: what is in the cache now; the first changes tell all of it. `with_tokens`: tell tokens too."""
+        """`known`: what is in the cache now; the first changes tell all of it."""
         self.with_tokens = with_tokens
         self._present: dict[bytes, bool] = dict.fromkeys(known, True)
         self._described: dict[bytes, StoredBlock] = {}
@@ -37,7 +37,9 @@ class ChangeRecorder:
             return None
         changes = BlockChanges(
             stored=pack_keys(block_key(block_hash) for block_hash, here in self._present.items() if here),
-            removed=pack_keys(block_key(block_hash) for block_hash, here in self._present.items() if not here),
+            removed=pack_keys(
+                block_key(block_hash) for block_hash, here in self._present.items() if not here
+            ),
             described=list(self._described.values()),
             reset=self._reset,
         )

@@ -1,4 +1,4 @@
-"""What routers are told of the prefix cache: GET /kv_events for ours, POST /kv_cache_events for TensorRT-LLM's.
+"""What routers are told of the prefix cache: GET /kv_events for ours, POST /kv_cache_events as TensorRT-LLM.
 
 The engine reports only while somebody listens: from the first GET on, until nobody has asked for a while; or
 always, when `kv_cache_config.event_buffer_max_size` asks for TensorRT-LLM's events.

@@ -24,12 +24,10 @@ async def kv_events(http: web.Request) -> web.Response:
 
 
 async def kv_cache_events(http: web.Request) -> web.Response:
-    """TensorRT-LLM's events since the last call; empty unless kv_cache_config.event_buffer_max_size is set."""
+    """TensorRT-LLM's events since the last call; none unless kv_cache_config.event_buffer_max_size is set."""
     service = http.app[SERVICE]
     service.check_ready()
-    return web.Response(
-        body=orjson.dumps(service.kv_events.drain_buffer()), content_type="application/json"
-    )
+    return web.Response(body=orjson.dumps(service.kv_events.drain_buffer()), content_type="application/json")
 
 
 def _number(http: web.Request, name: str, default: int) -> int:

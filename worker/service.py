@@ -14,6 +14,7 @@ from diptych.config import Hardware, LlmConfig, resolve_limits
 from diptych.errors import ModelNotFound, Unavailable
 from diptych.model_source import resolve_model
 from diptych.text import Tokenizer
+from diptych.trust import ClusterTrust
 from diptych.wire import EngineProgress, EngineReady, EngineStats, WorkerState
 from diptych.worker.engine_client import EngineClient
 from diptych.worker.handed_out import HandedOut
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 _TRANSPORTS: dict[str, tuple[str, ...]] = {"SHM": ("shm",), "TCP": ("tcp",), "DEFAULT": ("shm", "tcp")}
 _PERF_RING = 1000
 _ITERATION_RING = 1000
-_DRAIN_S = 60.0
+_QUIET_S = 0.3  # the engine's statistics may be 0.1 s old
 
 
 class WorkerService:
@@ -36,6 +37,9 @@ class WorkerService:
         self.incarnation = secrets.token_hex(8)
         self.worker_id = f"{socket.gethostname()}:{config.port}-{self.incarnation[:6]}"
         self.state: WorkerState = "STARTING"
+        self.changed = asyncio.Event()  # set with every change of `state`
+        self.stopping = asyncio.Event()
+        self.trust = ClusterTrust(config.cluster_secret)
         self.created = int(time.time())
         self.metrics = WorkerMetrics(config.model_name, self._stats)
         self.perf: deque[dict[str, Any]] = deque(maxlen=config.perf_metrics_max_requests or _PERF_RING)
@@ -60,7 +64,7 @@ class WorkerService:
         if self.config.tokenizer is not None:
             tokenizer_path = await asyncio.to_thread(resolve_model, self.config.tokenizer, None)
         tokenizer, ready = await asyncio.gather(
-            asyncio.to_thread(Tokenizer.load, tokenizer_path), self._engine.start(self._show)
+            asyncio.to_thread(_load_tokenizer, tokenizer_path), self._engine.start(self._show)
         )
         self._tokenizer, self._tokenizer_path = tokenizer, tokenizer_path
         self._kv_events = self._feed(ready)
@@ -75,14 +79,32 @@ class WorkerService:
             ready.max_seq_len,
         )
 
+    def request_drain(self, reason: str) -> None:
+        """Take nothing new from now on, and end when what runs has ended."""
+        if not self.stopping.is_set():
+            log.info("draining (%s): %d open requests", reason, self.open_requests)
+            self.stopping.set()
+            self._enter("DRAINING")
+
     async def drain(self) -> None:
-        """Take nothing new; wait, but not for ever, until nothing runs and no peer needs our blocks."""
-        self.state = "DRAINING"
-        if self._kv_events is not None:
-            self._kv_events.close()
-        deadline = time.monotonic() + _DRAIN_S
-        while time.monotonic() < deadline and self.engine.is_alive:
-            if self.open_requests == 0 and self.engine.stats.leased_blocks == 0:
+        """Wait, but not for ever, until nothing runs and no peer needs our blocks."""
+        deadline = time.monotonic() + self.config.drain_timeout_s
+        quiet_since: float | None = None
+        while self.engine.is_alive:
+            now = time.monotonic()
+            if self.open_requests or self.engine.stats.leased_blocks:
+                quiet_since = None
+            elif quiet_since is None:
+                quiet_since = now
+            elif now - quiet_since >= _QUIET_S:
+                return
+            if now >= deadline:
+                log.warning(
+                    "drain_timeout_s (%g s) is over: %d requests and %d held blocks are given up",
+                    self.config.drain_timeout_s,
+                    self.open_requests,
+                    self.engine.stats.leased_blocks,
+                )
                 return
             await asyncio.sleep(0.05)
 
@@ -132,6 +154,23 @@ class WorkerService:
             raise Unavailable("the engine process has ended", code="worker_lost", retry_after_s=5)
 
     @property
+    def is_loaded(self) -> bool:
+        return self._engine is not None and self._engine.ready is not None
+
+    @property
+    def load(self) -> dict[str, float]:
+        """What the registry tells of us."""
+        stats = self._stats()
+        free = stats.free_blocks + stats.cached_blocks
+        return {"running": stats.running, "waiting": stats.waiting + stats.fetching, "free_blocks": free}
+
+    @property
+    def layout(self) -> str:
+        """The fingerprint of our KV layout; empty while the model loads."""
+        ready = self._engine.ready if self._engine is not None else None
+        return str(ready.layout["fingerprint"]) if ready else ""
+
+    @property
     def is_healthy(self) -> bool:
         return self.state == "READY" and self.engine.is_alive
 
@@ -145,7 +184,7 @@ class WorkerService:
             "models": self.model_names,
             "incarnation": self.incarnation,
             "state": self.state,
-            "layout": ready.layout["fingerprint"] if ready else "",
+            "layout": self.layout,
             "kernel": ready.kernel if ready else "",
             "max_seq_len": ready.max_seq_len if ready else 0,
             "tokens_per_block": self.config.kv_cache_config.tokens_per_block,
@@ -163,6 +202,10 @@ class WorkerService:
         if size:
             buffer = TrtBuffer(size, window_size=ready.max_seq_len, num_blocks=ready.num_blocks)
         return KvEventFeed(self.engine, self.incarnation, buffer)
+
+    def _enter(self, state: WorkerState) -> None:
+        self.state = state
+        self.changed.set()
 
     def _stats(self) -> EngineStats:
         return EngineStats() if self._engine is None else self._engine.stats
@@ -210,3 +253,9 @@ class WorkerService:
             iteration_stats=config.enable_iter_perf_stats,
             log_level=config.log_level,
         )
+
+
+def _load_tokenizer(path: Path) -> Tokenizer:
+    tokenizer = Tokenizer.load(path)
+    log.debug("tokenizer %s", tokenizer.fingerprint)  # computed here, on a thread: it takes a while
+    return tokenizer

@@ -10,6 +10,8 @@ from diptych.config.notices import Notices
 from diptych.config.sections import NonNegativeInt, PositiveFloat
 from diptych.errors import ConfigError
 
+_HEARTBEAT_S, _INACTIVE_S = 5.0, 10.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MinimalInstances:
@@ -24,8 +26,8 @@ class DisaggCluster:
     cluster_uri: str
     cluster_name: str = ""
     minimal_instances: MinimalInstances = field(default_factory=MinimalInstances)
-    heartbeat_interval_sec: PositiveFloat = 5.0
-    inactive_timeout_sec: PositiveFloat = 10.0
+    heartbeat_interval_sec: PositiveFloat = _HEARTBEAT_S
+    inactive_timeout_sec: PositiveFloat = _INACTIVE_S
 
     @property
     def is_embedded(self) -> bool:
@@ -57,9 +59,13 @@ def cluster_section(data: Any, source: str, notices: Notices) -> Any:
         del cluster["inactive_interval_sec"]
     if isinstance(cluster.get("cluster_uri"), str):
         _check_uri(cluster["cluster_uri"], source)
-    heartbeat, timeout = cluster.get("heartbeat_interval_sec", 5.0), cluster.get("inactive_timeout_sec", 10.0)
-    numbers = isinstance(heartbeat, int | float) and isinstance(timeout, int | float)
-    if numbers and heartbeat >= timeout:
+    timeout = cluster.get("inactive_timeout_sec", _INACTIVE_S)
+    heartbeat = cluster.get("heartbeat_interval_sec", _HEARTBEAT_S)
+    if not isinstance(timeout, int | float) or not isinstance(heartbeat, int | float):
+        return cluster  # the types are checked later
+    if heartbeat >= timeout and "heartbeat_interval_sec" not in cluster:
+        cluster["heartbeat_interval_sec"] = timeout / 3
+    elif heartbeat >= timeout:
         raise ConfigError(
             f"{source}: disagg_cluster.heartbeat_interval_sec ({heartbeat:g}) must be less than "
             f"inactive_timeout_sec ({timeout:g}): one late heartbeat must not remove a worker"

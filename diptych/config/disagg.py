@@ -14,6 +14,7 @@ from diptych.config.decode import decode, field_names, unknown_key
 from diptych.config.llm import LlmConfig, LogLevel
 from diptych.config.metadata import MetadataConfig
 from diptych.config.notices import Notices
+from diptych.config.routing import ConditionalDisagg, policy_options
 from diptych.config.sections import NonNegativeInt, PositiveFloat, PositiveInt
 from diptych.config.upstream import is_worker_option, normalize
 from diptych.config.yaml_file import read_mapping
@@ -24,7 +25,6 @@ _NO_EFFECT = frozenset(
     [
         "allow_request_chat_template",
         "bind_host",
-        "conditional_disagg_config",
         "disagg_coordinator_url",
         "gen_strip_message_history",
         "gen_tokids_ctxbytes",
@@ -76,6 +76,7 @@ class DisaggConfig:
     request_timeout_s: PositiveFloat = 180.0
     server_start_timeout_s: PositiveFloat = 180.0
     schedule_style: Literal["context_first", "generation_first"] = "context_first"
+    conditional_disagg_config: ConditionalDisagg | None = None
     disagg_cluster: DisaggCluster | None = None
     metadata_server: MetadataConfig | None = None
     cluster_secret: str | None = field(default=None, repr=False)
@@ -145,6 +146,12 @@ def disagg_config(
     if settings.get("schedule_style") == "generation_first":
         notices.warn(f"{source}: schedule_style generation_first runs as context_first in this version")
     config = decode({**settings, **(overrides or {})}, DisaggConfig, source=source)
+    aware = config.generation_servers.router.type == "kv_cache_aware"
+    if config.conditional_disagg_config is not None and not aware:
+        raise ConfigError(
+            f"{source}: conditional_disagg_config needs generation_servers.router.type kv_cache_aware, not "
+            f"{config.generation_servers.router.type}: only that one knows what is in the workers' caches"
+        )
     if config.port > 65535:
         raise ConfigError(f"{source}: port must be from 0 to 65535, not {config.port}")
     return config
@@ -196,7 +203,9 @@ def _router(data: Any, role: str, source: str) -> dict[str, Any]:
             f"{source}: {role}.router must be a mapping such as {{type: round_robin}}, not {data!r}"
         )
     options = {key: value for key, value in data.items() if key != "type"}
-    return {"type": data.get("type", "round_robin"), "options": options}
+    name = data.get("type", "round_robin")
+    policy_options(name, options, source=f"{source}: {role}.router")  # raises what is wrong with them
+    return {"type": name, "options": options}
 
 
 def _urls(data: Any, role: str, source: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""How a router section chooses workers: the policies' names and their options, TensorRT-LLM's where it has them."""
+"""How a router section chooses workers: policies and their options, where possible TensorRT-LLM's."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -62,7 +62,9 @@ class RemoteRegistry:
                 body = await self.ask("GET", PATH)
                 snapshot = msgspec.json.decode(body, type=Snapshot)
             except (RouterUnreachable, msgspec.DecodeError) as error:
-                _log.warning("the registry at %s cannot be read; the last snapshot stays: %s", self.url, error)
+                _log.warning(
+                    "the registry at %s cannot be read; the last snapshot stays: %s", self.url, error
+                )
             else:
                 if snapshot != shown:
                     shown = snapshot

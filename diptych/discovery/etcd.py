@@ -100,9 +100,7 @@ async def _first_of(*works: Awaitable[Any], timeout_s: float) -> Any:
     """The result of the work that ends first, None when none does in time; the others are cancelled."""
     tasks = [asyncio.ensure_future(_awaited(work)) for work in works]
     try:
-        done, _ = await asyncio.wait(
-            tasks, timeout=max(0.0, timeout_s), return_when=asyncio.FIRST_COMPLETED
-        )
+        done, _ = await asyncio.wait(tasks, timeout=max(0.0, timeout_s), return_when=asyncio.FIRST_COMPLETED)
     finally:
         for task in tasks:
             task.cancel()

@@ -18,6 +18,9 @@ import orjson
 from diptych.errors import ConfigError
 
 NOT_FOUND = 5  # gRPC codes
+_CANCELLED = 1
+_UNKNOWN = 2
+_OUT_OF_RANGE = 11
 _UNAVAILABLE = 14
 _AUTH_CODES = (3, 7, 16)  # "user name is empty", "permission denied", "invalid auth token"
 
@@ -139,7 +142,8 @@ class EtcdClient:
 
     async def watch(self, prefix: str, revision: int, connect_s: float) -> AsyncGenerator[list[Change], None]:
         """Changes from `revision` on. Ends, or raises EtcdError, when the stream does: list again then."""
-        create = {"key": _b64(prefix), "range_end": _b64(_prefix_end(prefix)), "start_revision": str(revision)}
+        keys = {"key": _b64(prefix), "range_end": _b64(_prefix_end(prefix))}
+        create = {**keys, "start_revision": str(revision)}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_s)
         url = self._address.endpoints[self._current] + "/v3/watch"
         body = orjson.dumps({"create_request": create})
@@ -226,17 +230,23 @@ class EtcdClient:
 
 def _refusal(answer: Any, status: int) -> EtcdRefused:
     if not isinstance(answer, dict):
-        return EtcdRefused(2, f"etcd answers with status {status}")
-    return EtcdRefused(int(answer.get("code", 2)), str(answer.get("message") or answer.get("error") or status))
+        return EtcdRefused(_UNKNOWN, f"etcd answers with status {status}")
+    message = answer.get("message") or answer.get("error") or f"etcd answers with status {status}"
+    return EtcdRefused(int(answer.get("code", _UNKNOWN)), str(message))
 
 
 def _changes(message: dict[str, Any]) -> list[Change]:
     if "error" in message:
         error = message["error"]
-        raise EtcdRefused(int(error.get("grpc_code", 2)), str(error.get("message", "the watch failed")))
+        raise EtcdRefused(
+            int(error.get("grpc_code", _UNKNOWN)), str(error.get("message", "the watch failed"))
+        )
     result = message["result"]
-    if result.get("canceled") or int(result.get("compact_revision", 0)):
-        raise EtcdRefused(11, str(result.get("cancel_reason") or "the watch was cancelled by etcd"))
+    compacted = int(result.get("compact_revision", 0))
+    if compacted:
+        raise EtcdRefused(_OUT_OF_RANGE, f"the history before revision {compacted} was compacted")
+    if result.get("canceled"):
+        raise EtcdRefused(_CANCELLED, str(result.get("cancel_reason") or "etcd cancelled the watch"))
     return [
         Change(
             _text(event["kv"]["key"]),

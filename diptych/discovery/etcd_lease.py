@@ -135,7 +135,9 @@ class EtcdLease:
             # Ours from before, when the answer to an earlier attempt was lost or its lease has not ended yet.
             if not _is_same(existing.value, info):
                 await self._client.revoke(lease_id, self._call_s)
-                raise ConfigError(f"The worker id {info.worker_id!r} is registered already by another process.")
+                raise ConfigError(
+                    f"The worker id {info.worker_id!r} is registered already by another process."
+                )
             if not await self._client.replace(self._key, _encode(info), lease_id, self._call_s):
                 return  # it ended in between: once more
         self._lease_id, self._written = lease_id, info

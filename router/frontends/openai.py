@@ -15,6 +15,7 @@ import orjson
 
 from diptych.errors import InvalidRequest
 from diptych.journal import ChoiceSoFar, StreamSoFar
+from diptych.router.policies.affinity import session_of
 
 _RESPONSE_ID_PREFIX = {"/v1/completions": "cmpl-", "/v1/chat/completions": "chatcmpl-"}
 PATHS = tuple(_RESPONSE_ID_PREFIX)
@@ -46,6 +47,8 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     arrived: float  # monotonic
     deadline: float  # monotonic
     traceparent: str | None
+    session: str | None = None  # what the client says it belongs to
+    prompt_token_ids: bytes = b""  # as JSON, when the router has tokenized the prompt
 
     def headers(self, now: float) -> bytes:
         """What a leg that starts now is told besides its body."""
@@ -56,23 +59,18 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
         return lines.encode()
 
     def context_body(self) -> bytes:
-        return _splice(self.body, b'"disaggregated_params":' + orjson.dumps(self._params("context_only")))
+        return self._body(self._params("context_only"), self.prompt_token_ids)
 
     def generation_body(self, prefill: "Prefill") -> bytes:
         params = self._params("generation_only")
         params["choices"] = [
             orjson.Fragment(bytes(choice.disaggregated_params)) for choice in prefill.choices
         ]
-        added = b'"disaggregated_params":' + orjson.dumps(params)
-        prompt_token_ids = bytes(prefill.prompt_token_ids)
-        if prompt_token_ids:
-            added += b',"prompt_token_ids":' + prompt_token_ids
-        return _splice(self.body, added)
+        return self._body(params, bytes(prefill.prompt_token_ids))
 
     def whole_body(self) -> bytes:
         """For a worker that does both legs."""
-        params = self._params("context_and_generation")
-        return _splice(self.body, b'"disaggregated_params":' + orjson.dumps(params))
+        return self._body(self._params("context_and_generation"), self.prompt_token_ids)
 
     def resumed_body(self, prefill: "Prefill | None", so_far: StreamSoFar) -> bytes:
         """For a worker that goes on with a stream. `prefill`: None when one worker did both legs so far."""
@@ -83,8 +81,12 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
             handed[index] = _gone_on(handed[index], choice)
         params = self._params("generation_only")
         params["choices"] = handed
+        known_ids = self.prompt_token_ids if prefill is None else bytes(prefill.prompt_token_ids)
+        return self._body(params, known_ids)
+
+    def _body(self, params: dict[str, Any], prompt_token_ids: bytes) -> bytes:
         added = b'"disaggregated_params":' + orjson.dumps(params)
-        if prefill is not None and (prompt_token_ids := bytes(prefill.prompt_token_ids)):
+        if prompt_token_ids:
             added += b',"prompt_token_ids":' + prompt_token_ids
         return _splice(self.body, added)
 
@@ -131,6 +133,7 @@ def parse_call(
         arrived=arrived,
         deadline=arrived + timeout_s,
         traceparent=traceparent,
+        session=session_of(headers),
     )
 
 
@@ -158,7 +161,8 @@ class Prefill(msgspec.Struct):
 
     def ticket_ids(self, indices: Iterable[int] | None = None) -> list[str]:
         """Of these choices, or of all."""
-        choices = self.choices if indices is None else [self.choices[index] for index in indices]
+        given = range(len(self.choices)) if indices is None else indices
+        choices = (self.choices[index] for index in given if index < len(self.choices))
         tickets = (msgspec.json.decode(choice.disaggregated_params, type=_Ticket) for choice in choices)
         return [ticket.ticket_id for ticket in tickets if ticket.ticket_id]
 

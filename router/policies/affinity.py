@@ -1,8 +1,9 @@
 """Sends the requests of a session to the same worker, around any other policy.
 
-A session's worker is found by rendezvous hashing: every router process finds the same one without asking, and
-when workers come and go, only sessions of those workers move. A worker that is much busier than the others is
-passed over for the session's next one; one whose cache holds less of the prompt than another's, for the policy.
+A session's worker is found by rendezvous hashing: every router process finds the same one without asking,
+and when workers come and go, only sessions of those workers move. A worker that is much busier than the
+others is passed over for the session's next one; where another worker's cache holds more of the prompt, the
+policy decides.
 """
 
 import hashlib

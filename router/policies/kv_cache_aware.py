@@ -3,9 +3,10 @@
     cost = uncached tokens + load_weight * load
 
 in tokens. With `use_tokens` the load is the uncached prompt tokens in flight: what the request waits for.
-Without, each request above the least busy worker's counts as much as this prompt: with the weight of 0.25, four
-of them outweigh a prompt that is all in the cache. Either way a prefix that everybody shares draws requests to
-its worker only until waiting there costs more than computing the prefix elsewhere; then it is in two caches.
+Without, each request above the least busy worker's counts as much as this prompt: with the weight of 0.25,
+four of them outweigh a prompt that is all in the cache. Either way a prefix that everybody shares draws
+requests to its worker only until waiting there costs more than computing the prefix elsewhere; then it is in
+two caches.
 """
 
 import random

@@ -12,8 +12,12 @@ from typing import Any, Literal
 
 from aiohttp import web
 
+from diptych.journal import END, HEADER, Entry, journal_line
+
 Leg = Literal["context", "generation", "whole"]
-Failure = Literal["no_answer", "mid_head", "before_body", "mid_body", "mid_chunk", "hang", "hang_body"]
+Failure = Literal[
+    "no_answer", "mid_head", "before_body", "mid_body", "mid_chunk", "hang", "hang_body", "after_end"
+]
 
 
 @dataclass
@@ -39,6 +43,7 @@ class Script:
     hold: dict[Leg, asyncio.Event] = field(default_factory=dict)  # the leg answers when it is set
     hold_after: dict[int, asyncio.Event] = field(default_factory=dict)  # stream: before token n
     state: str = "READY"
+    keeps_journal: bool = True
     padding: int = 0  # bytes added to each event
 
 
@@ -52,9 +57,12 @@ class FakeWorker:
         self.script = Script()
         self.seen: list[Seen] = []
         self.released: list[str] = []
+        self.revoked: list[str] = []
         self.url = ""
         self.port = 0
         self.has_server_info = True
+        self.incarnation = "1"
+        self.hangs = False  # new requests and probes are not answered
         self._changed = asyncio.Condition()
         self._runner: web.AppRunner | None = None
 
@@ -99,6 +107,8 @@ class FakeWorker:
             self._changed.notify_all()
 
     async def _server_info(self, request: web.Request) -> web.Response:
+        if self.hangs:
+            await asyncio.Event().wait()
         if not self.has_server_info:
             raise web.HTTPNotFound
         return web.json_response(
@@ -107,7 +117,7 @@ class FakeWorker:
                 "role": self.role,
                 "model": self.model,
                 "models": [self.model],
-                "incarnation": "1",
+                "incarnation": self.incarnation,
                 "state": self.script.state,
                 "layout": {},
                 "kernel": "fake",
@@ -119,7 +129,9 @@ class FakeWorker:
         return web.Response(status=200 if self.script.state == "READY" else 503)
 
     async def _release(self, request: web.Request) -> web.Response:
-        self.released += (await request.json())["ticket_ids"]
+        wanted = await request.json()
+        self.released += wanted.get("ticket_ids", [])
+        self.revoked += wanted.get("disagg_request_ids", [])
         await self._note()
         return web.json_response({})
 
@@ -213,6 +225,9 @@ class FakeWorker:
 
     async def _stream(self, request: web.Request, seen: Seen, failure: Failure | None) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        journaled = self.script.keeps_journal and seen.headers.get(HEADER) == "1"
+        if journaled:
+            response.headers[HEADER] = "1"
         await response.prepare(request)
         transport = request.transport
         assert transport is not None
@@ -221,16 +236,22 @@ class FakeWorker:
             if failure == "before_body":
                 transport.close()
             await asyncio.Event().wait()
-        skip = 0 if seen.leg == "whole" else 1
+        skip = 0
+        if seen.leg == "generation":
+            skip = len(seen.body["disaggregated_params"]["choices"][0]["first_gen_tokens"])
         for number, text in enumerate(self.script.tokens[skip:], start=skip):
             if number in self.script.hold_after:
                 await self.script.hold_after[number].wait()
-            await response.write(self.event(text).encode())
+            line = journal_line([Entry(0, [42 + number])]) if journaled else b""
+            await response.write(line + self.event(text).encode())
             if failure == "mid_chunk":
-                transport.write(b'40\r\ndata: {"text": "hal')
+                transport.write(b'40\r\n: 0=99\ndata: {"text": "hal')
             if failure in ("mid_body", "mid_chunk"):
                 transport.close()
                 await asyncio.Event().wait()
-        await response.write(b"data: [DONE]\n\n")
+        await response.write((END if journaled else b"") + b"data: [DONE]\n\n")
+        if failure == "after_end":
+            transport.close()
+            await asyncio.Event().wait()
         await response.write_eof()
         return response

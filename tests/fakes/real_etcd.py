@@ -96,7 +96,9 @@ class Etcd:
 
     def keys(self, prefix: str) -> dict[str, dict]:
         """Keys and their decoded JSON values."""
-        answer = self.ask("/v3/kv/range", key=_b64(prefix), range_end=_b64(prefix[:-1] + chr(ord(prefix[-1]) + 1)))
+        answer = self.ask(
+            "/v3/kv/range", key=_b64(prefix), range_end=_b64(prefix[:-1] + chr(ord(prefix[-1]) + 1))
+        )
         decode = base64.b64decode
         return {decode(kv["key"]).decode(): json.loads(decode(kv["value"])) for kv in answer.get("kvs", [])}
 

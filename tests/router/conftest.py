@@ -4,11 +4,13 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 import aiohttp
 import pytest
 from aiohttp import web
 
+from diptych.config.routing import ConditionalDisagg
 from diptych.discovery import Registry
 from diptych.discovery.static import StaticRegistry
 from diptych.router.app import POOL, create_app
@@ -21,6 +23,7 @@ from tests.fakes.fake_worker import FakeWorker
 @dataclass(frozen=True)
 class Policy:
     type: str = "round_robin"
+    options: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Config:
     port: int = 0
     context_servers: Section = field(default_factory=Section)
     generation_servers: Section = field(default_factory=Section)
+    model: str | None = None
+    conditional_disagg_config: ConditionalDisagg | None = None
     max_retries: int = 1
     request_timeout_s: float = 20.0
     server_start_timeout_s: float = 20.0
@@ -41,6 +46,8 @@ class Config:
     server_keep_alive_timeout: float = 10.0
     num_workers: int = 1
     log_level: str = "info"
+    minimal_instances: Any = None
+    cluster_secret: str | None = None
 
 
 FAST = Limits(connect_s=2.0, probe_s=2.0, probe_retry_s=0.05, probe_retry_max_s=0.1, shutdown_s=1.0)

@@ -165,9 +165,11 @@ async def test_without_context_workers_generation_does_it_all(
         if stream:
             assert text == generation.events(skip=0)
         else:
-            assert json.loads(text)["id"] == "own"
+            assert json.loads(text)["id"].startswith("cmpl-")
     assert [seen.leg for seen in generation.seen] == ["whole", "whole"]
-    assert generation.seen[0].raw == json.dumps({**WHOLE, "stream": stream}).encode()
+    params = generation.seen[0].body.pop("disaggregated_params")
+    assert params["request_type"] == "context_and_generation"
+    assert generation.seen[0].body == {**WHOLE, "stream": stream}
 
 
 async def test_503_of_the_only_context_worker_reaches_the_client_when_nobody_can_help(
@@ -198,7 +200,8 @@ async def test_generation_leg_goes_to_another_worker_with_the_same_ticket(
         choice = spare_generation.seen[-1].body["disaggregated_params"]["choices"][0]
         assert choice["ticket_id"] == f"c0-ticket-{number}"
     assert len(generation.legs("generation")) == (2 if failure == "no_answer" else 1)
-    assert context.released == []
+    # Of the request that was disturbed, once it is over: who had the ticket first may hold it still.
+    await context.wait_for(lambda: len(context.released) == 1)
     await no_connections(router)
 
 
@@ -238,6 +241,7 @@ async def test_stream_that_breaks_off_ends_with_one_error_event(
     start_router: StartRouter, context, generation, failure
 ):
     generation.script.fail["generation"] = failure
+    generation.script.keeps_journal = False
     router = await start_router(context, generation)
     text = await router.text(STREAM)
     error = last_event(text)["error"]
@@ -301,6 +305,7 @@ async def test_stream_that_falls_silent_ends_in_an_error_event(
     start_router: StartRouter, context, generation
 ):
     generation.script.hold_after[2] = asyncio.Event()
+    generation.script.keeps_journal = False
     limits = Limits(idle_s=0.2, probe_retry_s=FAST.probe_retry_s)
     router = await start_router(context, generation, limits=limits)
     error = last_event(await router.text(STREAM))["error"]

@@ -1,7 +1,7 @@
 """One world for each kind of registry: writers, a reader, and what an operator or a crash does to them."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
 
@@ -45,16 +45,22 @@ class Reader:
     async def until(self, *ids: str, timeout_s: float = DEADLINE_S, **fields: object) -> Snapshot:
         """Wait for exactly these workers, each with these fields."""
 
-        def holds() -> bool:
-            if not self.snapshots or sorted(self.ids) != sorted(ids):
+        def holds(snapshot: Snapshot) -> bool:
+            if sorted(info.worker_id for info in snapshot) != sorted(ids):
                 return False
-            return all(getattr(info, name) == value for info in self.snapshots[-1] for name, value in fields.items())
+            return all(getattr(info, name) == value for info in snapshot for name, value in fields.items())
 
+        return await self.until_shown(holds, timeout_s)
+
+    async def until_shown(self, holds: Callable[[Snapshot], bool], timeout_s: float = DEADLINE_S) -> Snapshot:
         async with self._changed:
             try:
-                await asyncio.wait_for(self._changed.wait_for(holds), timeout_s)
+                await asyncio.wait_for(
+                    self._changed.wait_for(lambda: bool(self.snapshots) and holds(self.snapshots[-1])),
+                    timeout_s,
+                )
             except asyncio.TimeoutError:
-                raise AssertionError(f"expected {ids} {fields}, seen {self.snapshots}") from None
+                raise AssertionError(f"not within {timeout_s:g} s; seen {self.snapshots}") from None
         return self.snapshots[-1]
 
     async def close(self) -> None:
