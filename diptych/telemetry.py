@@ -7,6 +7,7 @@ construction.
 import time
 from collections.abc import Callable
 
+
 class Timeline:
     """The stages of one request here, in seconds, from its arrival to its first token."""
 

@@ -1,8 +1,8 @@
 """Triton kernels of block_copy.py and block_digest.py; see there for what they compute.
 
-One kernel, a fixed number of programs: each takes one share of a row after the other. A share is cut into tiles
-of 32 KiB, loaded with one instruction burst, so that few programs keep a whole link busy: 32 of them leave the
-other three quarters of an H200 to decode.
+One kernel, and as many programs as the caller allows: each takes one share of a row after the other. A share
+is cut into tiles of 32 KiB that are loaded in one burst, so that few programs keep a whole link busy: the rest
+of the GPU goes on computing.
 """
 
 from dataclasses import dataclass
@@ -16,10 +16,11 @@ from torch import Tensor
 from diptych.kernels.block_copy import CopyGrid
 from diptych.kernels.block_digest import KEY_MULTIPLIERS, WORD_BYTES
 
-TILE_WORDS = 4096
-NUM_WARPS = 16
+_TILE_WORDS = 4096
+_NUM_WARPS = 16
 _SHARES_PER_PROGRAM = 8  # enough that no program waits long for the last ones
 _MAX_SHARE_TILES = 16
+_DIGEST_PROGRAMS = 264
 
 _FIRST = tl.constexpr(KEY_MULTIPLIERS[0])
 _SECOND = tl.constexpr(KEY_MULTIPLIERS[1])
@@ -27,10 +28,158 @@ _THIRD = tl.constexpr(KEY_MULTIPLIERS[2])
 
 
 @triton.jit
-def _terms(words, positions):  # type: ignore[no-untyped-def]
+def _terms(words, positions):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
     bits = words.to(tl.uint64, bitcast=True)
-    mixed = positions.to(tl.uint32) * _FIRST.to(tl.uint32)
+    mixed = positions.to(tl.uint32) * _FIRST
     mixed = mixed ^ (mixed >> 15)
     low = bits.to(tl.uint32) + mixed * _SECOND
     high = (bits >> 32).to(tl.uint32) + (mixed + _THIRD) * _THIRD
-    return low.to(tl.uint64) * high.to(tl.uint64) + bits
+    return (low.to(tl.uint64) * high.to(tl.uint64) + bits).to(tl.int64, bitcast=True)
+
+
+@triton.jit
+def _move(  # type: ignore[no-untyped-def] # noqa: ANN202
+    source,  # noqa: ANN001
+    destination,  # noqa: ANN001
+    grid,  # noqa: ANN001
+    digests,  # noqa: ANN001
+    num_rows,  # noqa: ANN001
+    num_cells,  # noqa: ANN001
+    tiles_in_cell,  # noqa: ANN001
+    tiles_in_share,  # noqa: ANN001
+    shares_in_row,  # noqa: ANN001
+    TILE: tl.constexpr,  # words that are contiguous on both sides
+    SPANS: tl.constexpr,  # such tiles in one burst
+    COPY: tl.constexpr,
+    DIGEST: tl.constexpr,
+):
+    cells = grid + 4 * num_rows
+    tiles_in_row = num_cells * tiles_in_cell
+    lane = tl.arange(0, TILE)
+    for share in range(tl.program_id(0), num_rows * shares_in_row, tl.num_programs(0)):
+        row = share // shares_in_row
+        first = (share % shares_in_row) * tiles_in_share
+        row_source = tl.load(grid + row)
+        row_destination = tl.load(grid + num_rows + row)
+        row_inside = tl.load(grid + 2 * num_rows + row)
+        total = tl.zeros([SPANS, TILE], tl.int64)
+        for tile in range(first, min(first + tiles_in_share, tiles_in_row), SPANS):
+            number = tile + tl.arange(0, SPANS)
+            mask = (number < tiles_in_row)[:, None]
+            cell = number // tiles_in_cell
+            inside = (number % tiles_in_cell) * TILE
+            at = tl.load(cells + cell, mask=number < tiles_in_row, other=0) + inside
+            offsets = at[:, None] + lane[None, :]
+            start = tl.max_contiguous(tl.multiple_of(row_source + offsets, (1, 2)), (1, TILE))
+            words = tl.load(source + start, mask=mask, other=0)
+            if COPY:
+                to = tl.load(cells + num_cells + cell, mask=number < tiles_in_row, other=0) + inside
+                end = row_destination + to[:, None] + lane[None, :]
+                end = tl.max_contiguous(tl.multiple_of(end, (1, 2)), (1, TILE))
+                tl.store(destination + end, words, mask=mask)
+            if DIGEST:
+                total += tl.where(mask, _terms(words, row_inside + offsets), 0)
+        if DIGEST:
+            block = tl.load(grid + 3 * num_rows + row)
+            tl.atomic_add(digests + block, tl.sum(tl.sum(total, 1), 0))
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Memory that this process's GPU can read, as int64 words, though torch knows no tensor of it."""
+
+    pointer: int
+    dtype: torch.dtype = torch.int64
+
+    def data_ptr(self) -> int:
+        return self.pointer
+
+
+def launch_copy(
+    source: Address, destination: Tensor, grid: CopyGrid, *, num_programs: int, digest: bool
+) -> tuple[Tensor, Tensor]:
+    """Queue the copy on the current stream: (digests, pinned memory that must outlive the copy).
+
+    `destination` is flat uint8. The digests are zeros without `digest`.
+    """
+    assert grid.is_aligned, "spans must be aligned to 16 bytes"
+    packed = torch.from_numpy(grid.packed()).pin_memory()
+    numbers = packed.to(destination.device, non_blocking=True)
+    digests = torch.zeros(grid.num_blocks, dtype=torch.int64, device=destination.device)
+    _launch(
+        source,
+        destination.view(torch.int64),
+        numbers,
+        digests,
+        num_rows=len(grid.row_source),
+        num_cells=len(grid.cell_source),
+        cell_words=grid.length // WORD_BYTES,
+        num_programs=num_programs,
+        copy=True,
+        digest=digest,
+    )
+    return digests, packed
+
+
+def launch_digest(pool: Tensor, block_ids: Tensor) -> Tensor:
+    """Digests of `[num_blocks, block_bytes]` uint8 blocks, queued on the current stream."""
+    ids = block_ids.to(pool.device, torch.int64)
+    count, block_words = len(ids), pool.shape[1] // WORD_BYTES
+    zeros = torch.zeros_like(ids)
+    slots = torch.arange(count, device=pool.device)
+    numbers = torch.cat([ids * block_words, zeros, zeros, slots, zeros[:1], zeros[:1]])
+    digests = torch.zeros(count, dtype=torch.int64, device=pool.device)
+    words = pool.view(torch.int64)
+    _launch(
+        words,
+        words,
+        numbers,
+        digests,
+        num_rows=count,
+        num_cells=1,
+        cell_words=block_words,
+        num_programs=_DIGEST_PROGRAMS,
+        copy=False,
+        digest=True,
+    )
+    return digests
+
+
+def _launch(
+    source: Any,
+    destination: Any,
+    numbers: Tensor,
+    digests: Tensor,
+    *,
+    num_rows: int,
+    num_cells: int,
+    cell_words: int,
+    num_programs: int,
+    copy: bool,
+    digest: bool,
+) -> None:
+    if num_rows == 0:
+        return
+    tile = min(_TILE_WORDS, cell_words & -cell_words)  # the largest power of two that divides a cell
+    spans = _TILE_WORDS // tile
+    tiles_in_cell = cell_words // tile
+    bursts = -(-num_cells * tiles_in_cell // spans)  # of a row
+    share = -(-num_rows * bursts // (num_programs * _SHARES_PER_PROGRAM))
+    share = max(1, min(share, _MAX_SHARE_TILES, bursts))
+    shares_in_row = -(-bursts // share)
+    _move[(min(num_programs, num_rows * shares_in_row),)](
+        source,
+        destination,
+        numbers,
+        digests,
+        num_rows,
+        num_cells,
+        tiles_in_cell,
+        share * spans,
+        shares_in_row,
+        TILE=tile,
+        SPANS=spans,
+        COPY=copy,
+        DIGEST=digest,
+        num_warps=_NUM_WARPS,
+    )

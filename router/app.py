@@ -42,10 +42,8 @@ def create_app(
     cancels its legs at once, and not only at the next byte."""
     limits = limits or Limits()
     metrics = Metrics()
-    minimal, counts = config.minimal_instances, None
-    if minimal is not None:
-        counts = {"CONTEXT": minimal.context_servers, "GENERATION": minimal.generation_servers}
-    pool = Pool(registry, limits, minimal=counts)
+    minimal = config.minimal_instances
+    pool = Pool(registry, limits, minimal=minimal)
     metrics.registry.register(WorkerGauges(pool))
     flow = Flow(pool, metrics, config, limits)
     edge = _Edge(flow, metrics, config, StartGate(pool, is_open=minimal is None))

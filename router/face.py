@@ -12,6 +12,8 @@ from email.utils import formatdate
 from http import HTTPStatus
 from typing import Protocol, cast
 
+import orjson
+
 from diptych.errors import DeadlineExceeded, DiptychError, InvalidRequest, PayloadTooLarge
 from diptych.router.downstream import ClientGone, Downstream
 from diptych.router.http1 import ChunkedBody, MalformedResponse
@@ -20,6 +22,7 @@ from diptych.router.request_head import MAX_HEAD_BYTES, BadRequest, RequestHead
 _HIGH_WATER = 256 * 1024
 _MAX_AHEAD = 64 * 1024  # of a client that sends its next requests before the answer
 _HEAD_S = 15.0  # for the rest of a head that has begun
+_LINGER_S = 2.0  # for a refused client to stop sending: a reset would take the answer away from it
 _SWEEP_S = 1.0
 
 
@@ -92,7 +95,7 @@ class Faces:
             now = time.monotonic()
             for face in [*self.open]:
                 face.close_if_idle_since(now - self._keep_alive_s)
-                face.close_if_slow_since(now - _HEAD_S)
+                face.close_if_slow(now)
 
 
 class Face(asyncio.Protocol):
@@ -103,7 +106,9 @@ class Face(asyncio.Protocol):
         "_body_timer",
         "_faces",
         "_head",
+        "_lingers",
         "_missing",
+        "_num_bytes",
         "_parts",
         "_since",
         "_task",
@@ -120,12 +125,14 @@ class Face(asyncio.Protocol):
         self._head: RequestHead | None = None  # of the request whose body is arriving
         self._body: ChunkedBody | None = None
         self._parts: list[bytes] = []
-        self._missing = 0
+        self._num_bytes = 0  # of the body, so far
+        self._missing = 0  # of a body of known length; of another: what came since its last whole chunk
         self._body_timer: asyncio.TimerHandle | None = None
         self._arrived = 0.0
         self._since = 0.0  # of what it waits for: a request's begin, or its head's end
         self._task: asyncio.Task[None] | None = None
         self._writable: asyncio.Future[None] | None = None
+        self._lingers = False
         self.is_closing = False
         self.is_full = False
 
@@ -161,6 +168,8 @@ class Face(asyncio.Protocol):
             self._writable.set_result(None)
 
     def data_received(self, data: bytes) -> None:
+        if self.is_closing:
+            return
         if self._head is not None:
             self._take_body(data)
             return
@@ -197,15 +206,14 @@ class Face(asyncio.Protocol):
         if self._task is None and self._head is None and not self._ahead and self._since < moment:
             self._close()
 
-    def close_if_slow_since(self, moment: float) -> None:
+    def close_if_slow(self, now: float) -> None:
         """A head that began and does not end, or an answer whose rest the client does not read."""
-        transport = self._transport
-        if self._task is not None or self._head is not None or transport is None or self._since >= moment:
+        if self.is_busy or self._transport is None:
             return
-        if self.is_closing:
-            transport.abort()
-        elif self._ahead:
-            self._refuse(DeadlineExceeded(f"The request's head did not arrive within {_HEAD_S:g} s."), 408)
+        if self.is_closing and now >= self._since + (_LINGER_S if self._lingers else _HEAD_S):
+            self._transport.abort()
+        elif self._ahead and now >= self._since + _HEAD_S:
+            self._refuse(DeadlineExceeded(f"The request's head did not arrive within {_HEAD_S:g} s."), HTTPStatus.REQUEST_TIMEOUT)
 
     def _read(self) -> None:
         """Look for a request in what came."""
@@ -262,37 +270,37 @@ class Face(asyncio.Protocol):
         head = self._head
         assert head is not None
         if self._body is None:
-            self._parts.append(data[: self._missing])
-            data, self._missing = data[self._missing :], self._missing - len(self._parts[-1])
+            part, data = data[: self._missing], data[self._missing :]
+            self._missing -= len(part)
             is_complete = self._missing == 0
         else:
-            self._missing -= len(data)  # below zero: how much has come of a body of unknown length
+            self._missing += len(data)
             try:
-                self._parts.append(self._body.feed(data) if data else b"")
+                part, data = self._body.feed(data) if data else b"", b""
             except MalformedResponse as error:
-                self._refuse(InvalidRequest(f"The request's body is malformed: {error}."), HTTPStatus.BAD_REQUEST)
-                return
-            if -self._missing > 2 * self._faces.max_body_bytes or self._num_bytes > self._faces.max_body_bytes:
-                self._refuse_body()
+                message = f"The request's body is malformed: {error}."
+                self._refuse(InvalidRequest(message, code="invalid_http"), HTTPStatus.BAD_REQUEST)
                 return
             is_complete = self._body.done
-            data = b""
             if self._body.excess:
-                head.keep_alive = False  # the next request is lost
-        if not is_complete:
-            return
-        body = b"".join(self._parts)
-        self._ahead = data
-        self._stop_waiting_for_body()
-        self._begin(head, body)
-
-    @property
-    def _num_bytes(self) -> int:
-        return sum(map(len, self._parts))
+                head.keep_alive = False  # the begin of the next request is lost
+            if part:
+                self._missing = 0
+        self._parts.append(part)
+        self._num_bytes += len(part)
+        limit = self._faces.max_body_bytes
+        if self._num_bytes > limit or (self._body is not None and self._missing > limit + _MAX_AHEAD):
+            self._refuse_body()
+        elif is_complete:
+            body = b"".join(self._parts)
+            self._stop_waiting_for_body()
+            self._ahead = data
+            self._begin(head, body)
 
     def _stop_waiting_for_body(self) -> None:
         self._head = self._body = None
         self._parts = []
+        self._num_bytes = 0
         if self._body_timer is not None:
             self._body_timer.cancel()
             self._body_timer = None
@@ -309,10 +317,11 @@ class Face(asyncio.Protocol):
         """Answer what cannot be taken in, and close: what follows cannot be told apart any more."""
         self._stop_waiting_for_body()
         self._ahead = b""
-        import orjson
-
         Downstream(self, chunked=True, keep_alive=False).answer(status, orjson.dumps(error.body()))
-        self._close()
+        self.is_closing = self._lingers = True
+        self._since = time.monotonic()
+        if self._transport is not None:
+            self._transport.write_eof()
 
     def _begin(self, head: RequestHead, body: bytes) -> None:
         self._task = self._faces.loop.create_task(self._serve(head, body))

@@ -20,7 +20,7 @@ from diptych.errors import DeadlineExceeded, DiptychError, WorkerLost
 from diptych.router.client import WorkerClient
 from diptych.router.deadline import within
 from diptych.router.probe import WorkerFacts, ask
-from diptych.router.settings import Limits
+from diptych.router.settings import Limits, MinimalSettings
 from diptych.wire import WorkerInfo
 
 LegRole = Literal["CONTEXT", "GENERATION"]
@@ -126,10 +126,13 @@ class Pool:
         limits: Limits,
         *,
         rng: random.Random | None = None,
-        minimal: Mapping[LegRole, int] | None = None,
+        minimal: MinimalSettings | None = None,
     ) -> None:
         """`minimal`: how many workers of each role make the mesh ready [1]."""
-        self.minimal: Mapping[LegRole, int] = minimal or {"CONTEXT": 1, "GENERATION": 1}
+        self.minimal: Mapping[LegRole, int] = {
+            "CONTEXT": 1 if minimal is None else minimal.context_servers,
+            "GENERATION": 1 if minimal is None else minimal.generation_servers,
+        }
         self._registry = registry
         self._limits = limits
         self._rng = rng or random.Random()

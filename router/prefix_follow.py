@@ -1,6 +1,6 @@
 """Keeps the prefix index in step with the workers' caches: one long poll of GET /kv_events for each worker.
 
-A worker that is down is forgotten at once, and asked for all of its blocks when it is back. One that tells
+A worker that is not ready is forgotten at once, and asked for all of its blocks when it is back. One that tells
 nothing is asked again now and then; until then only its load counts.
 """
 
@@ -69,7 +69,7 @@ class PrefixFollower:
             await self._pool.wait_until(lambda pool: self._wanted(pool) != self._tasks.keys(), _RECHECK_S)
 
     def _wanted(self, pool: Pool) -> set[WorkerView]:
-        return {worker for worker in pool.workers if worker.facts is not None and self._concerns(worker)}
+        return {worker for worker in pool.workers if worker.ready and self._concerns(worker)}
 
     def _adjust(self, wanted: Iterable[WorkerView]) -> None:
         wanted = set(wanted)

@@ -1,4 +1,4 @@
-"""The HTTP side of one worker: a complete OpenAI server, whose endpoints also run one leg of a disaggregated request."""
+"""The HTTP side of one worker: a complete OpenAI server, whose endpoints also run legs of disaggregated requests."""
 
 import asyncio
 import logging

@@ -140,7 +140,12 @@ class Engine:
                 case FetchFailed():
                     request_id = self._fetches.pop(event.fetch_id)
                     if event.code != "cancelled":
-                        log.warning("%s: KV fetch failed (%s), computing the prompt: %s", request_id, event.code, event.message)
+                        log.warning(
+                            "%s: KV fetch failed (%s), computing the prompt: %s",
+                            request_id,
+                            event.code,
+                            event.message,
+                        )
                     self._scheduler.fetch_failed(request_id, SequenceTimes(transport="recompute"), now)
                 case LeaseEnded():
                     self._tickets -= 1

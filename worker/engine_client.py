@@ -127,8 +127,12 @@ class EngineClient:
             if not receive.done():
                 receive.cancel()
                 if self.died.done():
-                    raise StartupError(f"the engine process ended while starting (exit code {self.died.result()})")
-                raise StartupError(f"the engine process said nothing for {_STARTUP_SILENCE_S:g} s while starting")
+                    raise StartupError(
+                        f"the engine process ended while starting (exit code {self.died.result()})"
+                    )
+                raise StartupError(
+                    f"the engine process said nothing for {_STARTUP_SILENCE_S:g} s while starting"
+                )
             match decode_from_engine(receive.result()):
                 case EngineReady() as ready:
                     return ready

@@ -12,4 +12,6 @@ def detect(config: LlmConfig) -> Hardware:
     if config.device == "cuda" and not has_gpu:
         raise ConfigError("device is cuda, but this machine has no NVIDIA driver")
     # The GPU engine is not in this version: "auto" means the CPU.
-    return Hardware(device="cuda" if config.device == "cuda" else "cpu", num_cores=len(os.sched_getaffinity(0)))
+    return Hardware(
+        device="cuda" if config.device == "cuda" else "cpu", num_cores=len(os.sched_getaffinity(0))
+    )

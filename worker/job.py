@@ -302,7 +302,8 @@ class Job:
         assert times is not None
         self._first_token_at = time.monotonic()
         self._timeline.mark_split(
-            [("queue", times.queue_s), ("fetch", times.fetch_s), ("prefill", times.prefill_s)], rest="engine_link"
+            [("queue", times.queue_s), ("fetch", times.fetch_s), ("prefill", times.prefill_s)],
+            rest="engine_link",
         )
         metrics = self._service.metrics
         metrics.time_to_first_token.observe(self._timeline.total_s)

@@ -63,7 +63,9 @@ class _EngineCollector(Collector):
             "trtllm_num_requests_waiting": stats.waiting,
             "trtllm_num_requests_running": stats.running + stats.fetching,
             "trtllm_kv_cache_utilization": used / stats.total_blocks if stats.total_blocks else 0.0,
-            "trtllm_kv_cache_hit_rate": stats.cached_tokens / stats.prompt_tokens if stats.prompt_tokens else 0.0,
+            "trtllm_kv_cache_hit_rate": stats.cached_tokens / stats.prompt_tokens
+            if stats.prompt_tokens
+            else 0.0,
             "trtllm_kv_cache_tokens_per_block": stats.tokens_per_block,
             "trtllm_kv_cache_max_blocks": stats.total_blocks,
             "vllm:num_requests_waiting": stats.waiting,
@@ -73,7 +75,9 @@ class _EngineCollector(Collector):
         for name, value in gauges.items():
             yield self._gauge(name, value)
         blocks = GaugeMetricFamily(
-            "diptych_kv_blocks", "KV blocks by state; the states sum to max_blocks", labels=["model_name", "state"]
+            "diptych_kv_blocks",
+            "KV blocks by state; the states sum to max_blocks",
+            labels=["model_name", "state"],
         )
         for state in ("free", "cached", "active", "leased"):
             blocks.add_metric([self._model, state], getattr(stats, f"{state}_blocks"))

@@ -163,9 +163,7 @@ async def _whole(job: Job, request: CompletionRequest | ChatRequest, timeline: T
     context = None
     if job.is_context_leg:
         stream_head = None if writer is None else b"".join(parts)
-        context = ContextAnswer(
-            prompt_token_ids=job.prompts, finished=job.finished, stream_head=stream_head
-        )
+        context = ContextAnswer(prompt_token_ids=job.prompts, finished=job.finished, stream_head=stream_head)
     timeline.mark("decode")
     return web.Response(
         body=render_response(job.head, job.results(), job.usage(), context=context),

@@ -15,7 +15,9 @@ from diptych.wire import Logprob, SamplingParams
 from diptych.worker.scheduler import Drawn
 
 _MASK = (1 << 64) - 1
-_NUCLEUS_GUESS = 512  # most nuclei are smaller: sorting this many is 50 times cheaper than sorting a vocabulary
+_NUCLEUS_GUESS = (
+    512  # most nuclei are smaller: sorting this many is 50 times cheaper than sorting a vocabulary
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,9 @@ def _draw(logits: Tensor, rows: list[Row]) -> Tensor:
     cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
     numbers = [uniform(row.params.seed, len(row.outputs)) for row in rows]
     target = torch.tensor(numbers, dtype=torch.float64, device=device) * cumulative[:, -1]
-    return torch.searchsorted(cumulative, target[:, None], right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
+    return (
+        torch.searchsorted(cumulative, target[:, None], right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
+    )
 
 
 def _nucleus_floor(probs: Tensor, rows: list[Row]) -> Tensor:

@@ -406,7 +406,9 @@ class Scheduler:
             deadline = sequence.deadline
             if deadline is not None and now >= deadline and sequence.status is not Status.DRAINING:
                 seconds = sequence.request.timeout_s
-                self._end(sequence, "timeout", error=f"no answer within the request's {seconds:g} s", status=504)
+                self._end(
+                    sequence, "timeout", error=f"no answer within the request's {seconds:g} s", status=504
+                )
 
     def _end(
         self, sequence: Sequence, reason: FinishReason, *, error: str | None = None, status: int = 500

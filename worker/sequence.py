@@ -1,11 +1,11 @@
 """The state of one sequence, from its arrival to its one terminal event.
 
-    WAITING ──> RUNNING ──> FINISHED
-       │  ▲        │
-       ▼  └────────┘ preempted
-    FETCHING ──> RUNNING          its prompt's KV is on the way
-       │
-       └──> DRAINING ──> FINISHED aborted while a copy may still write into its blocks
+WAITING ──> RUNNING ──> FINISHED
+   │  ▲        │
+   ▼  └────────┘ preempted
+FETCHING ──> RUNNING          its prompt's KV is on the way
+   │
+   └──> DRAINING ──> FINISHED aborted while a copy may still write into its blocks
 """
 
 import enum

@@ -51,7 +51,9 @@ class PoolView {
   const bf16* value(int token) const { return value_block(token) + (token % shape_.tokens_per_block) * kTile; }
 
  private:
-  const bf16* block(int token) const { return key_ + table_[token / shape_.tokens_per_block] * shape_.block_elements(); }
+  const bf16* block(int token) const {
+    return key_ + table_[token / shape_.tokens_per_block] * shape_.block_elements();
+  }
 
   const Shape& shape_;
   const int32_t* table_;
@@ -227,7 +229,8 @@ class TileAttention {
     const ptrdiff_t row_tile = (ptrdiff_t)(s_.attention_size() / 32) * kTileElements;
     for (int r = 0; r < rows; r++) {
       const Vec factor = fill(1.f / m_.total[r]);
-      bf16* tiles = out + m_.token[r] / kTile * row_tile + m_.token[r] % kTile * 32 + m_.column[r] / 32 * kTileElements;
+      const int token = m_.token[r], column = m_.column[r];
+      bf16* tiles = out + token / kTile * row_tile + token % kTile * 32 + column / 32 * kTileElements;
       const float* sums = m_.sums.data() + r * s_.head_dim;
       for (int d = 0; d < s_.head_dim; d += kLanes)
         store_bf16(tiles + d / 32 * kTileElements + d % 32, mul(load(sums + d), factor));

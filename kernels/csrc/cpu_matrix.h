@@ -121,7 +121,8 @@ inline void release(TileState&) {}
 #if defined(DIPTYCH_AVX512)
 
 template <int kRows, bool kSum, class A, class B>
-inline void rows_avx512(int steps, int pairs, A a, ptrdiff_t first, B b, ptrdiff_t b_right, float* c, ptrdiff_t ldc) {
+inline void rows_avx512(int steps, int pairs, A a, ptrdiff_t first, B b, ptrdiff_t b_right, float* c,
+                          ptrdiff_t ldc) {
   __m512 left[kRows], right[kRows];
   for (int r = 0; r < kRows; r++) {
     left[r] = kSum ? _mm512_loadu_ps(c + r * ldc) : _mm512_setzero_ps();
@@ -153,7 +154,8 @@ inline void rows_avx512(int steps, int pairs, A a, ptrdiff_t first, B b, ptrdiff
 
 // One row block of 1 or 2 rows: eight sums and the widened operands fit the sixteen registers of AVX2.
 template <int kRows, bool kSum, class A, class B>
-inline void rows_portable(int steps, int pairs, A a, ptrdiff_t first, B b, ptrdiff_t b_right, float* c, ptrdiff_t ldc) {
+inline void rows_portable(int steps, int pairs, A a, ptrdiff_t first, B b, ptrdiff_t b_right, float* c,
+                          ptrdiff_t ldc) {
   Float8 sums[kRows][4];
   for (int r = 0; r < kRows; r++)
     for (int j = 0; j < 4; j++) sums[r][j] = kSum ? load8(c + r * ldc + j * 8) : fill8(0.f);
@@ -185,8 +187,8 @@ inline void rows_portable(int steps, int pairs, A a, ptrdiff_t first, B b, ptrdi
 #endif
 
 template <Isa kIsa, bool kSum = false, class A, class B>
-inline void multiply(TileState& state, int rows, int steps, int pairs, A a, ptrdiff_t a_tile, B b, ptrdiff_t b_right,
-                     float* c, ptrdiff_t ldc) {
+inline void multiply(TileState& state, int rows, int steps, int pairs, A a, ptrdiff_t a_tile, B b,
+                     ptrdiff_t b_right, float* c, ptrdiff_t ldc) {
 #if defined(DIPTYCH_AMX)
   if constexpr (kIsa == Isa::kAmx) return multiply_amx<kSum>(state, rows, steps, pairs, a, a_tile, b, b_right, c, ldc);
 #endif

@@ -22,7 +22,8 @@ struct Split {
     row_group = std::min(kRowGroup, std::max(kPanel, kGroupBytes / row_bytes / kPanel * kPanel));
     row_groups = (rows + row_group - 1) / row_group;
     items_per_unit = threads == 1 ? items : std::max(1, items * row_groups / (threads * kUnitsPerThread));
-    if (row_groups > 1) items_per_unit = std::min(items_per_unit, std::max(1, kGroupBytes / row_bytes / kPanel / width));
+    const int cached_items = std::max(1, kGroupBytes / row_bytes / kPanel / width);
+    if (row_groups > 1) items_per_unit = std::min(items_per_unit, cached_items);
     units = (items + items_per_unit - 1) / items_per_unit * row_groups;
   }
 };

@@ -25,7 +25,11 @@ _SLACK = 2  # requests: an idle worker is not "much less busy" than one that run
 
 def session_of(headers: Mapping[str, str]) -> str | None:
     """The session that a request says it belongs to; the first header of `HEADERS` wins."""
-    return next((headers[name] for name in HEADERS if headers.get(name)), None)
+    for name in HEADERS:
+        session = headers.get(name)
+        if session:
+            return session
+    return None
 
 
 class SessionAffinity:

@@ -21,15 +21,15 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Configurations that reached a worker or the router."""
     seen: list[Any] = []
 
-    async def route(config: Any, registry: Any) -> None:
+    def serve(config: Any, make_registry: Any) -> None:
         seen.append(config)
 
     worker = types.ModuleType("diptych.worker.app")
     worker.run = seen.append  # type: ignore[attr-defined]
-    router = types.ModuleType("diptych.router.app")
-    router.run = route  # type: ignore[attr-defined]
+    router = types.ModuleType("diptych.router.server")
+    router.serve = serve  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "diptych.worker.app", worker)
-    monkeypatch.setitem(sys.modules, "diptych.router.app", router)
+    monkeypatch.setitem(sys.modules, "diptych.router.server", router)
     return seen
 
 
@@ -112,7 +112,8 @@ class TestServe:
             (["--server_role", "X"], "server_role must be CONTEXT, GENERATION or BOTH, not 'X'"),
             (["--grpc"], "--grpc is not supported"),
             (["--metadata_server_config_file", "x"], "needs --server_role"),
-            (["--disagg_cluster_uri", "etcd://h:1"], "not in this version"),
+            (["--disagg_cluster_uri", "etcd://h:1"], "needs --server_role"),
+            (["--server_role", "CONTEXT", "--disagg_cluster_uri", "h:1"], "cluster_uri must be etcd://"),
             (["--tp_size", "2"], "tensor_parallel_size must be 1, not 2"),
             (["--config", "absent.yaml"], "cannot read the configuration file absent.yaml"),
         ],
@@ -129,6 +130,19 @@ class TestServe:
         file = yaml_file("hostnme: x\n")
         result = invoke("m", "--server_role", "CONTEXT", "--metadata_server_config_file", file)
         assert 'did you mean "hostname"?' in result.output
+
+    def test_where_to_register(self, ran: list[Any], yaml_file):
+        file = yaml_file("server_type: etcd\nendpoints: ['a:1', 'b:2']\ncluster_name: blue\n")
+        role = ("--port", "0", "--server_role", "context")
+        assert invoke("m", *role, "--metadata_server_config_file", file).exit_code == 0
+        assert invoke("m", *role, "--disagg_cluster_uri", "etcd://a:1,b:2").exit_code == 0
+        assert invoke("m", *role, "--disagg_cluster_uri", "http://router:8000").exit_code == 0
+        first, second, third = ran
+        assert first.metadata_server.urls == ("http://a:1", "http://b:2")
+        assert first.metadata_server.cluster_name == "blue"
+        assert second.disagg_cluster.endpoints == ("http://a:1", "http://b:2")
+        assert third.disagg_cluster.endpoints == ("http://router:8000",)
+        assert (second.disagg_cluster.is_embedded, third.disagg_cluster.is_embedded) == (False, True)
 
     def test_misspelt_option_and_command(self, ran: list[Any]):
         result = invoke("m", "--max_batchsize", "3")
@@ -155,10 +169,23 @@ class TestDisaggregated:
         assert result.exit_code == 2
         assert "generation_servers.urls must name at least one worker" in result.output
 
-    def test_metadata_server_is_not_there_yet(self, ran: list[Any], yaml_file):
-        result = invoke("disaggregated", "-c", yaml_file(URLS), "-m", yaml_file("refersh_interval: 1.0\n"))
+    @pytest.mark.parametrize("listed", [URLS, ""])
+    def test_metadata_server(self, ran: list[Any], yaml_file, listed: str):
+        file = yaml_file("port: 0\n" + listed)
+        metadata = Path(file).with_name("metadata.yaml")
+        metadata.write_text("hostname: etcd.internal\nrefersh_interval: 1.0\n")
+        result = invoke("disaggregated", "-c", file, "-m", str(metadata))
+        assert result.exit_code == 0, result.output
+        assert ran[0].metadata_server.urls == ("http://etcd.internal:2379",)
+        assert ran[0].metadata_server.refresh_interval == 1.0
+
+    def test_two_places_to_register(self, ran: list[Any], yaml_file):
+        file = yaml_file("disagg_cluster: {cluster_uri: 'etcd://h:1'}\n")
+        metadata = Path(file).with_name("metadata.yaml")
+        metadata.write_text("server_type: etcd\n")
+        result = invoke("disaggregated", "-c", file, "-m", str(metadata))
         assert result.exit_code == 2
-        assert "etcd is not in this version" in result.output
+        assert "use one of them" in result.output
 
     def test_mpi_worker_starts_on_one_rank_only(self, monkeypatch: pytest.MonkeyPatch, yaml_file):
         monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
@@ -181,7 +208,7 @@ def test_version():
 
 def test_help_lists_the_commands():
     output = invoke("--help").output
-    for command in ("serve", "disaggregated", "up", "demo", "version"):
+    for command in ("serve", "disaggregated", "up", "demo", "drain", "version"):
         assert command in output
 
 

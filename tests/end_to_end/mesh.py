@@ -59,13 +59,19 @@ class Server:
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
         self.log = folder / f"{name}.log"
-        with self.log.open("wb") as log:
+        self._arguments = arguments
+        self.start()
+
+    def start(self) -> "Server":
+        """Also once more after an end, on the same port."""
+        with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "diptych.cli", *arguments],
+                [sys.executable, "-m", "diptych.cli", *self._arguments],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        return self
 
     def wait_ready(self) -> "Server":
         def ready() -> bool:
@@ -88,13 +94,23 @@ class Server:
         raise AssertionError(f"{self.name} has no metric {name} {labels}")
 
     def blocks(self) -> dict[str, float]:
-        return {state: self.metric("diptych_kv_blocks", state=state) for state in ("free", "cached", "active", "leased")}
+        return {
+            state: self.metric("diptych_kv_blocks", state=state)
+            for state in ("free", "cached", "active", "leased")
+        }
 
     def kill(self) -> None:
         """SIGKILL for the process and its children, as when a machine dies."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(10)
+
+    def pause(self) -> None:
+        """SIGSTOP for all of it: it hangs, its connections stay open."""
+        os.killpg(self.process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        os.killpg(self.process.pid, signal.SIGCONT)
 
     def stop(self) -> int:
         """SIGTERM and a bounded wait; the exit code."""

@@ -16,14 +16,24 @@ CASES = {
     "empty messages": (CHAT, {"messages": []}, 400, ["messages"]),
     "empty prompt": (COMPLETION, {"prompt": ""}, 400, ["prompt"]),
     "prompt too long": (COMPLETION, {"prompt": "word " * 9000}, 400, ["8191"]),
-    "prompt and output too long": (COMPLETION, {"prompt": "x", "max_tokens": 9000}, 400, ["max_tokens", "8191"]),
+    "prompt and output too long": (
+        COMPLETION,
+        {"prompt": "x", "max_tokens": 9000},
+        400,
+        ["max_tokens", "8191"],
+    ),
     "max_tokens 0": (COMPLETION, {"prompt": "x", "max_tokens": 0}, 400, ["max_tokens", "at least 1"]),
     "max_tokens negative": (CHAT, {**HELLO, "max_tokens": -5}, 400, ["max_tokens", "-5"]),
     "unknown field": (CHAT, {**HELLO, "temprature": 1}, 400, ["temprature", "temperature"]),
     "wrong type": (CHAT, {**HELLO, "max_tokens": "ten"}, 400, ["max_tokens", "ten"]),
     "wrong role": (CHAT, {"messages": [{"role": "king", "content": "x"}]}, 400, ["king", "user"]),
     "temperature out of range": (COMPLETION, {"prompt": "x", "temperature": -1}, 400, ["temperature"]),
-    "bias outside the vocabulary": (COMPLETION, {"prompt": "x", "logit_bias": {"99999999": 1}}, 400, ["99999999"]),
+    "bias outside the vocabulary": (
+        COMPLETION,
+        {"prompt": "x", "logit_bias": {"99999999": 1}},
+        400,
+        ["99999999"],
+    ),
     "token outside the vocabulary": (COMPLETION, {"prompt": [1, 99999999]}, 400, ["99999999"]),
     "body not an object": (COMPLETION, [1, 2], 400, ["object"]),
     "stream_options without stream": (
@@ -39,7 +49,10 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 async def test_one_clear_error(servers, server, case):
     path, body, status, words = CASES[case]
-    async with aiohttp.ClientSession() as session, session.post(servers[server].url + path, json=body) as response:
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(servers[server].url + path, json=body) as response,
+    ):
         answer = await response.json()
         assert response.status == status, answer
     error = answer["error"]
@@ -61,7 +74,11 @@ async def test_broken_json_and_a_body_over_the_limit(servers, server):
 
 def start(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "diptych.cli", *arguments], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "diptych.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
 
 
@@ -79,7 +96,9 @@ def test_a_port_in_use(servers):
 
 def test_a_misspelt_key(tmp_path):
     path = tmp_path / "disagg.yaml"
-    path.write_text("hostnme: localhost\ncontext_servers: {urls: ['a:1']}\ngeneration_servers: {urls: ['b:2']}\n")
+    path.write_text(
+        "hostnme: localhost\ncontext_servers: {urls: ['a:1']}\ngeneration_servers: {urls: ['b:2']}\n"
+    )
     assert_one_line(start("disaggregated", "-c", str(path)), "hostnme", "hostname")
 
 

@@ -42,7 +42,9 @@ def at_rest(server):
 async def test_64_concurrent_requests_all_end_and_blocks_are_conserved(servers):
     totals = {name: sum(servers[name].blocks().values()) for name in ("context", "shm")}
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=240)) as session:
-        await asyncio.gather(*(one(session, servers["router_shm"].url, number) for number in range(NUM_REQUESTS)))
+        await asyncio.gather(
+            *(one(session, servers["router_shm"].url, number) for number in range(NUM_REQUESTS))
+        )
     for name, total in totals.items():
         wait_for(f"{name} at rest", lambda name=name: at_rest(servers[name]), 2.0)
         assert sum(servers[name].blocks().values()) == total

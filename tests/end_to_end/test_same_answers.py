@@ -48,12 +48,15 @@ CASES = {
 }  # fmt: skip
 
 
+def open_session():
+    return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120))
+
+
 async def ask(server, path, body):
     request = {**body, "cache_salt": secrets.token_hex(8), "return_token_ids": True}
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as session:
-        async with session.post(server.url + path, json=request) as response:
-            answer = await response.json()
-            assert response.status == 200, answer
+    async with open_session() as session, session.post(server.url + path, json=request) as response:
+        answer = await response.json()
+        assert response.status == 200, answer
     del answer["id"], answer["created"]
     return answer
 
@@ -63,10 +66,9 @@ async def ask_streaming(server, path, body):
     options = {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True}
     request = {**body, **options, "cache_salt": secrets.token_hex(8)}
     choices, usage, heads = {}, None, set()
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as session:
-        async with session.post(server.url + path, json=request) as response:
-            assert response.status == 200, await response.text()
-            events = [line[6:].strip() async for line in response.content if line.startswith(b"data: ")]
+    async with open_session() as session, session.post(server.url + path, json=request) as response:
+        assert response.status == 200, await response.text()
+        events = [line[6:].strip() async for line in response.content if line.startswith(b"data: ")]
     assert events.pop() == b"[DONE]"
     for event in map(orjson.loads, events):
         heads.add((event["id"], event["created"], event["model"], event["object"]))

@@ -42,7 +42,13 @@ NUM_TOKENS = 20
 
 
 async def generate(session, url, path, body, salt):
-    request = {**body, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    request = {
+        **body,
+        "max_tokens": NUM_TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
     async with session.post(url + path, json={**request, "cache_salt": salt}) as response:
         answer = await response.json()
         assert response.status == 200, answer

@@ -144,7 +144,7 @@ def test_an_abort_reaches_the_copy_and_blocks_wait_for_it(parts):
 
 
 def test_the_loop_says_how_long_it_may_sleep(parts):
-    engine, link, transceiver, _ = parts
+    engine, link, _, _ = parts
     assert engine.step() >= 1.0, "nothing to do"
     link.inbox.append(submit(request_type="generation_only", output_token_ids=[9], ticket=b"t"))
     for message in link.receive(0):

@@ -118,9 +118,7 @@ def test_a_cached_prefix_is_not_fetched_again():
 
 def test_blocks_of_an_aborted_fetch_are_held_until_the_copy_ends():
     simulation = Simulation()
-    simulation.add(
-        "a", list(range(9)), request_type="generation_only", output_token_ids=[3], ticket=b"t"
-    )
+    simulation.add("a", list(range(9)), request_type="generation_only", output_token_ids=[3], ticket=b"t")
     simulation.step()
     simulation.scheduler.abort("a")
     simulation.step()

@@ -159,6 +159,19 @@ def test_known_keys_without_effect(caplog: pytest.LogCaptureFixture):
         ({"max_retries": -1}, "max_retries must be a whole number >= 0, not -1"),
         ({"schedule_style": "x"}, "schedule_style must be one of context_first, generation_first, not 'x'"),
         ({"disagg_cluster": {}}, "cluster_uri"),
+        ({"disagg_cluster": {"cluster_uri": "zk://h:1"}}, "must be etcd://host:port[,host:port] or http"),
+        ({"disagg_cluster": {"cluster_uri": "etcd://a:1,b"}}, "'b' is not a host:port"),
+        ({"disagg_cluster": {"cluster_uri": "http://"}}, "not 'http://'"),
+        (
+            {
+                "disagg_cluster": {
+                    "cluster_uri": "etcd://h:1",
+                    "heartbeat_interval_sec": 9,
+                    "inactive_timeout_sec": 9,
+                }
+            },
+            "heartbeat_interval_sec (9) must be less than inactive_timeout_sec (9)",
+        ),
     ],
 )
 def test_sentences(data: dict, expected: str):
@@ -169,6 +182,19 @@ def test_the_router_alone_needs_urls():
     config = disagg_config({"context_servers": {"urls": ["a:1"]}}, source="f.yaml")
     with pytest.raises(ConfigError, match=r"generation_servers\.urls must name at least one worker"):
         config.require_urls("f.yaml")
-    config = disagg_config({"disagg_cluster": {"cluster_uri": "etcd://h:1"}}, source="f.yaml")
-    with pytest.raises(ConfigError, match="disagg_cluster is not in this version; list"):
+    disagg_config({"disagg_cluster": {"cluster_uri": "etcd://h:1"}}, source="f.yaml").require_urls("f.yaml")
+
+
+def test_a_router_that_keeps_the_registry_is_one_process():
+    cluster = {"cluster_uri": "http://h:8000"}
+    config = disagg_config({"disagg_cluster": cluster, "num_workers": 2}, source="f.yaml")
+    with pytest.raises(ConfigError, match="num_workers must be 1, not 2"):
         config.require_urls("f.yaml")
+
+
+def test_minimal_instances():
+    cluster = {"cluster_uri": "etcd://h:1", "minimal_instances": {"generation_servers": 3}}
+    config = disagg_config({"disagg_cluster": cluster}, source="f.yaml")
+    assert config.minimal_instances is not None
+    assert (config.minimal_instances.context_servers, config.minimal_instances.generation_servers) == (1, 3)
+    assert disagg_config({}, source="f.yaml").minimal_instances is None
