@@ -116,7 +116,11 @@ def ratios(summary: dict[str, dict[str, Any]], ours: str = "diptych") -> dict[st
     for scenario, entries in summary.items():
         unit = "cpu_us_per_event" if scenario.startswith("stream") else "cpu_us_per_request"
         for statistic in (unit, f"{unit}_min"):
-            rivals = [entry[statistic] for name, entry in entries.items() if "-router" in name and statistic in entry]
+            rivals = [
+                entry[statistic]
+                for name, entry in entries.items()
+                if "-router" in name and statistic in entry
+            ]
             mine = entries.get(ours, {}).get(statistic)
             if rivals and mine:
                 found.setdefault(scenario, {})[statistic] = round(mine / min(rivals), 2)
@@ -141,7 +145,9 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, metavar="VENV")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", metavar="NAME[,NAME...]", help="systems, by part of their name")
-    parser.add_argument("--scenario", default="", metavar="NAME[,NAME...]", help="scenarios, by part of their name")
+    parser.add_argument(
+        "--scenario", default="", metavar="NAME[,NAME...]", help="scenarios, by part of their name"
+    )
     parser.add_argument("--output", type=Path, default=HERE / "results" / "router.json")
     options = parser.parse_args()
     chosen = [s for s in systems(options.peers) if any(part in s.name for part in options.only.split(","))]

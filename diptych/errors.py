@@ -1,6 +1,7 @@
 """Every error that Diptych raises on purpose, as one tree.
 
     DiptychError                       500  internal_error
+    ├── Unauthorized                   401  authentication_error    WWW-Authenticate
     ├── InvalidRequest                 400  invalid_request_error
     │   ├── ContextLengthExceeded      400  (code context_length_exceeded)
     │   ├── ModelNotFound              404  (code model_not_found)
@@ -52,6 +53,15 @@ class DiptychError(Exception):
         if self.retry_after_s is None:
             return {}
         return {"Retry-After": str(max(1, round(self.retry_after_s)))}
+
+
+class Unauthorized(DiptychError):
+    status = 401
+    type = "authentication_error"
+    default_code = "invalid_api_key"
+
+    def headers(self) -> dict[str, str]:
+        return {**super().headers(), "WWW-Authenticate": "Bearer"}
 
 
 class InvalidRequest(DiptychError):
@@ -140,6 +150,7 @@ def from_wire(status: int, error: dict[str, Any]) -> DiptychError:
 # The first one of a status is what an unknown code of that status becomes.
 _LEAVES: tuple[type[DiptychError], ...] = (
     DiptychError,
+    Unauthorized,
     InvalidRequest,
     ContextLengthExceeded,
     NotFound,

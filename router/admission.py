@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 from diptych.errors import Overloaded
 from diptych.router.api_keys import ApiKey
-from diptych.router.deadline import within
 from diptych.router.fair_queue import FairQueue
 
 _LEAST_WEIGHT = 0.02  # of one duration in the average, however many run
@@ -67,10 +66,6 @@ class Admission:
             else:
                 weight = max(_LEAST_WEIGHT, 1 / max(1, self._limit()))
                 self._usual_s += weight * (took_s - self._usual_s)
-        self._admit()
-
-    def admit(self) -> None:
-        """The limit may have risen."""
         self._admit()
 
     def _admit(self) -> None:

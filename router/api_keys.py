@@ -1,22 +1,13 @@
 """API keys of the public port: who may ask, and how much of the queue is theirs."""
 
 import hashlib
-import hmac
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from diptych.errors import DiptychError
+from diptych.config.api_keys import KeySetting
+from diptych.errors import Unauthorized
 
 _SCHEME = "bearer "
-
-
-class Unauthorized(DiptychError):
-    status = 401
-    type = "authentication_error"
-    default_code = "invalid_api_key"
-
-    def headers(self) -> dict[str, str]:
-        return {"WWW-Authenticate": "Bearer"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +24,20 @@ _ANYBODY = ApiKey("")
 class ApiKeys:
     def __init__(self, keys: Iterable[tuple[str, ApiKey]] = ()) -> None:
         """No keys at all: everybody may ask."""
-        self._keys = {_digest(secret): (secret.encode(), key) for secret, key in keys}
+        self._keys = {_digest(secret): key for secret, key in keys}
+
+    @classmethod
+    def from_settings(cls, settings: Iterable[KeySetting]) -> "ApiKeys":
+        return cls((setting.key, ApiKey(setting.name, setting.weight)) for setting in settings)
 
     def check(self, authorization: str | None) -> ApiKey:
-        """Raises Unauthorized. Takes the same time for every wrong key: what is looked up is its digest."""
+        """Raises Unauthorized. What is compared is a digest: how long it takes says nothing of the keys."""
         if not self._keys:
             return _ANYBODY
         if authorization is None or authorization[: len(_SCHEME)].lower() != _SCHEME:
             raise Unauthorized("This server needs an API key: Authorization: Bearer KEY.")
-        given = authorization[len(_SCHEME) :].strip()
-        secret, key = self._keys.get(_digest(given), (b"", _ANYBODY))
-        if not secret or not hmac.compare_digest(secret, given.encode("utf-8", "replace")):
+        key = self._keys.get(_digest(authorization[len(_SCHEME) :].strip()))
+        if key is None:
             raise Unauthorized("The API key is not one of this server's.")
         return key
 

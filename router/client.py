@@ -6,6 +6,8 @@ Knows nothing of roles, legs or JSON; what happens on a connection is in exchang
 import asyncio
 import time
 from collections import deque
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from diptych.discovery.address import parse_address
 from diptych.errors import DeadlineExceeded, WorkerLost
@@ -14,12 +16,16 @@ from diptych.router.exchange import Connection, Exchange, Reply
 from diptych.router.http1 import build_request
 from diptych.router.settings import Limits
 
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+
 
 class WorkerClient:
     """The connections to one worker."""
 
-    def __init__(self, url: str, limits: Limits) -> None:
+    def __init__(self, url: str, limits: Limits, headers: Mapping[str, str] = NO_HEADERS) -> None:
+        """`headers`: of every request."""
         self._address = parse_address(url)
+        self._headers = "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode()
         self.url = self._address.url
         self.limits = limits
         # Kept here because asking for it costs a system call each time before Python 3.12.
@@ -32,7 +38,8 @@ class WorkerClient:
         self, method: str, path: str, *, deadline: float, headers: bytes = b"", body: bytes = b""
     ) -> Exchange:
         """`deadline` is the monotonic time at which the exchange fails, wherever it is then."""
-        return Exchange(self, build_request(method, path, self._address.netloc, headers, body), deadline)
+        lines = self._headers + headers
+        return Exchange(self, build_request(method, path, self._address.netloc, lines, body), deadline)
 
     async def request(
         self, method: str, path: str, *, deadline: float, headers: bytes = b"", body: bytes = b""

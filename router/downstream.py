@@ -16,7 +16,9 @@ from diptych.router.exchange import Reply
 from diptych.router.frontends.openai import error_event
 
 _PASSED_HEADERS = (("content-type", b"Content-Type"), ("retry-after", b"Retry-After"))
-_STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
+_STATUS_LINES = {
+    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
+}
 _STREAM_HEADERS = b"Cache-Control: no-cache\r\nX-Accel-Buffering: no\r\n"
 _NO_CONTROLS = dict.fromkeys([*range(32), 127])
 

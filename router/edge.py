@@ -13,6 +13,7 @@ from diptych.router.flow import Flow
 from diptych.router.frontends.openai import parse_call, request_id_of
 from diptych.router.metrics import Metrics
 from diptych.router.request_head import RequestHead
+from diptych.router.status import StartGate
 
 _log = logging.getLogger(__name__)
 _TIMEOUT_HEADER = "X-Diptych-Timeout-Ms"
@@ -20,12 +21,20 @@ _TIMEOUT_HEADER = "X-Diptych-Timeout-Ms"
 
 class Edge:
     def __init__(
-        self, flow: Flow, metrics: Metrics, keys: ApiKeys, admission: Admission, *, timeout_s: float
+        self,
+        flow: Flow,
+        metrics: Metrics,
+        keys: ApiKeys,
+        admission: Admission,
+        gate: StartGate,
+        *,
+        timeout_s: float,
     ) -> None:
         self._flow = flow
         self._metrics = metrics
         self._keys = keys
         self._admission = admission
+        self._gate = gate
         self._timeout_s = timeout_s
         self._random = random.Random()  # seeded by the system; ids are unique, not secret
 
@@ -64,6 +73,7 @@ class Edge:
         unique_id: str,
     ) -> Answered:
         key = self._keys.check(head.get("Authorization"))
+        self._gate.check()
         call = parse_call(
             head.path,
             head,
@@ -91,5 +101,7 @@ class Edge:
         if given is None:
             return self._timeout_s
         if not given.isdecimal():
-            raise InvalidRequest(f"{_TIMEOUT_HEADER} is {given!r}; it must be a whole number of milliseconds.")
+            raise InvalidRequest(
+                f"{_TIMEOUT_HEADER} is {given!r}; it must be a whole number of milliseconds."
+            )
         return min(self._timeout_s, int(given) / 1000)

@@ -81,8 +81,10 @@ class Faces:
 
     async def close(self) -> None:
         self._sweeper.cancel()
-        running = [face.abort() for face in [*self.open]]
-        await asyncio.gather(self._sweeper, *filter(None, running), return_exceptions=True)
+        running = [face.task for face in self.open if face.task is not None]
+        for face in [*self.open]:
+            face.abort()
+        await asyncio.gather(self._sweeper, *running, return_exceptions=True)
 
     def _close_idle(self) -> None:
         for face in [*self.open]:
@@ -196,11 +198,14 @@ class Face(asyncio.Protocol):
         if self.is_closing:
             raise ClientGone("the client closed its connection")
 
-    def abort(self) -> "asyncio.Task[None] | None":
-        task = self._task
+    @property
+    def task(self) -> "asyncio.Task[None] | None":
+        """Of the request that runs."""
+        return self._task
+
+    def abort(self) -> None:
         if self._transport is not None:
             self._transport.abort()
-        return task
 
     def close_if_idle_since(self, moment: float) -> None:
         if self._task is None and self._head is None and not self._ahead and self._since < moment:
@@ -213,7 +218,8 @@ class Face(asyncio.Protocol):
         if self.is_closing and now >= self._since + (_LINGER_S if self._lingers else _HEAD_S):
             self._transport.abort()
         elif self._ahead and now >= self._since + _HEAD_S:
-            self._refuse(DeadlineExceeded(f"The request's head did not arrive within {_HEAD_S:g} s."), HTTPStatus.REQUEST_TIMEOUT)
+            message = f"The request's head did not arrive within {_HEAD_S:g} s."
+            self._refuse(DeadlineExceeded(message), HTTPStatus.REQUEST_TIMEOUT)
 
     def _read(self) -> None:
         """Look for a request in what came."""
@@ -311,7 +317,9 @@ class Face(asyncio.Protocol):
 
     def _refuse_body(self) -> None:
         limit = self._faces.max_body_bytes
-        self._refuse(PayloadTooLarge(f"The request body is over the limit of {limit} bytes."), PayloadTooLarge.status)
+        self._refuse(
+            PayloadTooLarge(f"The request body is over the limit of {limit} bytes."), PayloadTooLarge.status
+        )
 
     def _refuse(self, error: DiptychError, status: int) -> None:
         """Answer what cannot be taken in, and close: what follows cannot be told apart any more."""

@@ -15,11 +15,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from http import HTTPStatus
 
-from aiohttp import web
-
 from diptych.errors import DiptychError, WorkerLost
 from diptych.journal import END, JournalError, read_journal
-from diptych.router.downstream import Downstream
+from diptych.router.downstream import Answered, Downstream
 from diptych.router.exchange import Exchange, Reply
 from diptych.router.frontends.openai import Call, Prefill
 from diptych.router.leg import Leg, is_late, left
@@ -69,7 +67,7 @@ class FinalLeg:
         """The first worker did it all, and took every ticket over."""
         return self._failures == 0 and not self._client.failed
 
-    async def run(self, failure: DiptychError | Reply | None) -> web.StreamResponse:
+    async def run(self, failure: DiptychError | Reply | None) -> Answered:
         """`failure`: what the client is told when there is no worker at all."""
         call, client, leg = self._call, self._client, self._leg
         while (worker := await self._next_worker(failure)) is not None:
@@ -113,7 +111,7 @@ class FinalLeg:
         await self._pool.wait_until(somebody_is_ready, wait_s)
         return worker
 
-    async def _try(self, worker: WorkerView) -> web.StreamResponse | Reply:
+    async def _try(self, worker: WorkerView) -> Answered | Reply:
         """The answer, or a reply that another worker may do better; raises when the worker fails."""
         call, client, metrics = self._call, self._client, self._leg.metrics
         started = time.monotonic()

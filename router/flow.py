@@ -18,10 +18,9 @@ from types import TracebackType
 
 import msgspec
 import orjson
-from aiohttp import web
 
 from diptych.errors import DiptychError, ModelNotFound, Unavailable, WorkerLost
-from diptych.router.downstream import Downstream
+from diptych.router.downstream import Answered, Downstream
 from diptych.router.exchange import Reply
 from diptych.router.final_leg import ChooseWorkers, FinalLeg
 from diptych.router.frontends.openai import Call, Prefill, client_answer, parse_prefill
@@ -63,7 +62,7 @@ class Flow:
         await self._routing.__aexit__(kind, error, trace)
         await asyncio.gather(*self._background)
 
-    async def run(self, call: Call, client: Downstream) -> web.StreamResponse:
+    async def run(self, call: Call, client: Downstream) -> Answered:
         self._check_model(call.model)
         with await self._routing.route(call) as route:
             if route.stays_local():
@@ -71,7 +70,7 @@ class Flow:
                 return await self._final_leg(route.call, client, workers).run(None)
             return await self._both_legs(route, client)
 
-    async def _both_legs(self, route: Route, client: Downstream) -> web.StreamResponse:
+    async def _both_legs(self, route: Route, client: Downstream) -> Answered:
         call = route.call
         try:
             context = await self._context_leg(route, client)

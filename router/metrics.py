@@ -1,26 +1,33 @@
 """The router's Prometheus metrics, with the names that TensorRT-LLM's disaggregated server has."""
 
-from collections.abc import Iterable, Iterator
+import asyncio
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from diptych.router.pool import WorkerView
+from diptych.router.snapshots import Merged, Snapshots
+from diptych.router.tally import Count, Spread, Tallies
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0)
+
+_WRITE_S = 1.0  # between two snapshots for the other processes
 
 
 class LegMetrics:
     """One role's legs."""
 
-    def __init__(self, prefix: str, role: str, registry: CollectorRegistry) -> None:
-        def counter(name: str, text: str) -> Counter:
-            return Counter(f"{prefix}_{name}", text, registry=registry)
+    def __init__(self, prefix: str, role: str, tallies: Tallies) -> None:
+        def counter(name: str, text: str) -> Count:
+            return tallies.count(f"{prefix}_{name}", text)
 
-        def histogram(name: str, text: str) -> Histogram:
-            return Histogram(f"{prefix}_{name}", text, registry=registry, buckets=_SECONDS)
+        def histogram(name: str, text: str) -> Spread:
+            return tallies.spread(f"{prefix}_{name}", text, _SECONDS)
 
         self.total = counter("total_requests", f"Legs sent to {role} workers.")
         self.errors = counter("error_requests", f"Legs that failed on a {role} worker.")
@@ -36,11 +43,17 @@ class LegMetrics:
 
 
 class Metrics:
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
+    """Of one process, or, with `snapshots`, of all that share a port; then use it as ``async with``."""
 
-        def counter(name: str, text: str) -> Counter:
-            return Counter(name, text, registry=self.registry)
+    def __init__(self, snapshots: Snapshots | None = None) -> None:
+        self._snapshots = snapshots
+        self._writer: asyncio.Task[None] | None = None
+        self.registry = CollectorRegistry()
+        tallies = Tallies()
+        self.registry.register(tallies)
+
+        def counter(name: str, text: str) -> Count:
+            return tallies.count(name, text)
 
         self.requests = counter("total_requests", "Requests taken in.")
         self.stream_requests = counter("stream_requests", "Requests for a stream.")
@@ -51,11 +64,8 @@ class Metrics:
         self.internal_errors = counter("internal_errors", "Requests that failed by a fault of the router.")
         self.cancelled = counter("cancelled_requests", "Requests whose client went away.")
         self.released = counter("released_tickets", "Tickets returned because no generation leg took them.")
-        self.queue_latency = Histogram(
-            "queue_latency_seconds",
-            "From a request's arrival to its first leg.",
-            registry=self.registry,
-            buckets=_SECONDS,
+        self.queue_latency = tallies.spread(
+            "queue_latency_seconds", "From a request's arrival to its first leg.", _SECONDS
         )
         self.prefix_tokens = Counter(
             "diptych_router_prefix_tokens",
@@ -72,11 +82,67 @@ class Metrics:
         self.local_prefills = counter(
             "diptych_router_local_prefills", "Requests without a context leg: little was left to compute."
         )
-        self.context = LegMetrics("ctx", "context", self.registry)
-        self.generation = LegMetrics("gen", "generation", self.registry)
+        self.context = LegMetrics("ctx", "context", tallies)
+        self.generation = LegMetrics("gen", "generation", tallies)
+
+    def add_gauges(self, *collectors: Collector) -> None:
+        for collector in collectors:
+            self.registry.register(collector)
+
+    async def __aenter__(self) -> "Metrics":
+        if self._snapshots is not None:
+            self._writer = asyncio.create_task(self._write(self._snapshots), name="metrics")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._snapshots is not None and self._writer is not None:
+            self._writer.cancel()
+            await asyncio.gather(self._writer, return_exceptions=True)
+            self._snapshots.write(self.registry)
 
     def text(self) -> bytes:
-        return generate_latest(self.registry)
+        if self._snapshots is None:
+            return generate_latest(self.registry)
+        return generate_latest(Merged(self.registry, self._snapshots))
+
+    async def _write(self, snapshots: Snapshots) -> None:
+        while True:
+            snapshots.write(self.registry)
+            await asyncio.sleep(_WRITE_S)
+
+
+class Gate(Protocol):
+    """What admission.py can say of itself."""
+
+    @property
+    def running(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def refused(self) -> int: ...
+
+
+class AdmissionGauges(Collector):
+    def __init__(self, gate: Gate, limit: Callable[[], int]) -> None:
+        self._gate = gate
+        self._limit = limit
+
+    def collect(self) -> Iterator[Metric]:
+        gate = self._gate
+        for name, text, value in (
+            ("diptych_router_running_requests", "Requests that were let in and run now.", gate.running),
+            ("diptych_router_waiting_requests", "Requests that wait to be let in.", gate.waiting),
+            ("diptych_router_running_limit", "How many may run at once.", self._limit()),
+        ):
+            yield GaugeMetricFamily(name, text, value=value)
+        yield CounterMetricFamily(
+            "diptych_router_overload_refusals", "Requests refused with 429 by the router.", value=gate.refused
+        )
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
 
 
 class Workers(Protocol):

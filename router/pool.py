@@ -17,7 +17,7 @@ import msgspec
 
 from diptych.discovery import Registry, Snapshot
 from diptych.errors import DeadlineExceeded, DiptychError, WorkerLost
-from diptych.router.client import WorkerClient
+from diptych.router.client import NO_HEADERS, WorkerClient
 from diptych.router.deadline import within
 from diptych.router.probe import WorkerFacts, ask
 from diptych.router.settings import Limits, MinimalSettings
@@ -46,9 +46,9 @@ class WorkerView:
         "probed",
     )
 
-    def __init__(self, info: WorkerInfo, limits: Limits) -> None:
+    def __init__(self, info: WorkerInfo, limits: Limits, headers: Mapping[str, str] = NO_HEADERS) -> None:
         self.info = info
-        self.client = WorkerClient(info.url, limits)
+        self.client = WorkerClient(info.url, limits, headers)
         self.facts: WorkerFacts | None = None  # None: down, or not asked yet
         self._models: tuple[str, ...] = ()
         self.probed = False
@@ -69,13 +69,18 @@ class WorkerView:
         facts = self.facts
         if facts is None or facts.state != "READY" or self.info.state != "READY":
             return False
-        # Another process may answer at the address of one whose place in the registry has not ended yet.
-        return not (self.info.incarnation and facts.incarnation) or self.info.incarnation == facts.incarnation
+        return not self.is_replaced
+
+    @property
+    def is_replaced(self) -> bool:
+        """Another process answers at its address, and its place in the registry has not ended yet."""
+        announced, found = self.info.incarnation, self.facts.incarnation if self.facts is not None else ""
+        return bool(announced and found) and announced != found
 
     @property
     def state(self) -> str:
         """For people: READY, STARTING, DRAINING or DOWN."""
-        if self.facts is None:
+        if self.facts is None or self.is_replaced:
             return "DOWN" if self.probed else "STARTING"
         return self.info.state if self.info.state != "READY" else self.facts.state
 
@@ -127,8 +132,10 @@ class Pool:
         *,
         rng: random.Random | None = None,
         minimal: MinimalSettings | None = None,
+        headers: Mapping[str, str] = NO_HEADERS,
     ) -> None:
-        """`minimal`: how many workers of each role make the mesh ready [1]."""
+        """`minimal`: how many workers of each role make the mesh ready [1]. `headers`: of all that we ask workers."""
+        self._headers = headers
         self.minimal: Mapping[LegRole, int] = {
             "CONTEXT": 1 if minimal is None else minimal.context_servers,
             "GENERATION": 1 if minimal is None else minimal.generation_servers,
@@ -255,7 +262,7 @@ class Pool:
     def _add(self, info: WorkerInfo, before: WorkerView | None) -> None:
         """`before`: who had the same address until now."""
         try:
-            worker = WorkerView(info, self._limits)
+            worker = WorkerView(info, self._limits, self._headers)
         except DiptychError as error:
             _log.error("worker %s is left out: %s", info.worker_id, error.message)
             return

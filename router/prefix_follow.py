@@ -92,6 +92,9 @@ class PrefixFollower:
                 retry_s = _RETRY_S[0]
             except (DiptychError, msgspec.DecodeError, ValueError) as error:
                 _log.info("worker %s: its block events do not come: %s", worker.worker_id, error)
+                state.is_current = False
+                if not isinstance(error, DiptychError):  # it answers, but not this question: begin anew
+                    self._index.drop(worker.worker_id)
                 delay_s, retry_s = retry_s, min(2 * retry_s, _RETRY_S[1])
             await asyncio.sleep(delay_s)
 

@@ -30,6 +30,7 @@ class WorkerFacts:
     text: TextRules | None = None  # None: it did not say
     tokens_per_block: int | None = None
     block_hash: str = ""  # the algorithm
+    max_batch_size: int | None = None  # sequences in one step
     num_requests: float = field(default=0.0, compare=False)  # running and waiting, now
 
 
@@ -44,6 +45,7 @@ class _ServerInfo(msgspec.Struct):
     tokenizer_fingerprint: str | None = None
     chat_template: str | None = None
     tokens_per_block: int | None = None
+    max_batch_size: int | None = None
     kv_cache_hash_algo: str | None = None
     load: dict[str, float] = {}
 
@@ -79,5 +81,6 @@ async def ask(client: WorkerClient, deadline: float) -> WorkerFacts:
         text=info.text,
         tokens_per_block=info.tokens_per_block,
         block_hash=info.kv_cache_hash_algo or "",
+        max_batch_size=info.max_batch_size,
         num_requests=info.load.get("running", 0.0) + info.load.get("waiting", 0.0),
     )

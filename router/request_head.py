@@ -71,9 +71,7 @@ class RequestHead(Mapping[str, str]):
         """The body's length and whether it is chunked; refuses what smuggling is made of."""
         lower = self._lower
         length = self._bytes(b"\r\ncontent-length:")
-        if length is not None and (
-            lower.count(b"\r\ncontent-length:") > 1 or not _LENGTH.fullmatch(length)
-        ):
+        if length is not None and (lower.count(b"\r\ncontent-length:") > 1 or not _LENGTH.fullmatch(length)):
             raise BadRequest(HTTPStatus.BAD_REQUEST, "Content-Length must be one whole number.")
         encoding = self._bytes(b"\r\ntransfer-encoding:")
         if encoding is None:
@@ -81,7 +79,9 @@ class RequestHead(Mapping[str, str]):
         if length is not None or not self.minor or lower.count(b"\r\ntransfer-encoding:") > 1:
             raise BadRequest(HTTPStatus.BAD_REQUEST, "Transfer-Encoding cannot be used in this way.")
         if encoding.lower() != b"chunked":
-            raise BadRequest(HTTPStatus.NOT_IMPLEMENTED, "The one transfer coding that is understood is chunked.")
+            raise BadRequest(
+                HTTPStatus.NOT_IMPLEMENTED, "The one transfer coding that is understood is chunked."
+            )
         return 0, True
 
     def _bytes(self, needle: bytes) -> bytes | None:

@@ -1,9 +1,10 @@
 """What the router needs to know from the configuration, and its own time limits."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from diptych.config.api_keys import KeySetting
 from diptych.config.routing import ConditionalDisagg
 
 
@@ -45,6 +46,22 @@ class RouterSettings(Protocol):
     def conditional_disagg_config(self) -> ConditionalDisagg | None: ...
     @property
     def max_retries(self) -> int: ...
+    @property
+    def num_workers(self) -> int:
+        """Processes that share the port."""
+
+    @property
+    def max_concurrent_requests(self) -> int | None:
+        """Of all processes together; None: what the workers can use."""
+
+    @property
+    def max_queued_requests(self) -> int | None:
+        """Of all processes together; None: in proportion to those that run."""
+
+    @property
+    def api_keys(self) -> Sequence[KeySetting]:
+        """Empty: everybody may ask."""
+
     @property
     def request_timeout_s(self) -> float: ...
     @property

@@ -1,17 +1,23 @@
 """Digests of blocks: what a ticket promises and what a reader finds after the copy.
 
-xxh3_64 over a block's bytes: it finds torn copies, wrong blocks and flipped bits, and no adversary. Knows
-nothing of how the bytes travelled.
+A digest finds torn copies, wrong blocks and flipped bits, and no adversary. The owner's pool says which kind it
+computes and the ticket names it. Knows nothing of how the bytes travelled.
 """
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence
 
 import numpy as np
-import xxhash
 
 from diptych.errors import TransferError
-from diptych.transceiver.plan import Int64s
-from diptych.transceiver.pool_memory import Bytes, PoolMemory
+from diptych.transceiver.pool import Bytes, DigestKind, Digests, Generations, KvPool
+from diptych.transceiver.spans import Int64s
+
+# Kind -> digest of bytes in host memory, imported on use.
+_ON_HOST: dict[DigestKind, str] = {
+    "xxh3_64": "xxhash:xxh3_64_intdigest",
+    "nh_64": "diptych.kernels.block_digest:digest_bytes",
+}
 
 
 class OwnerDigests:
@@ -21,54 +27,62 @@ class OwnerDigests:
     a prompt again costs nothing but its last block.
     """
 
-    def __init__(self, memory: PoolMemory, tokens_per_block: int) -> None:
+    def __init__(self, memory: KvPool, tokens_per_block: int) -> None:
         self._memory = memory
         self._tokens_per_block = tokens_per_block
         self._known: dict[int, tuple[int, int]] = {}  # block -> (generation, digest)
 
     def of(self, block_ids: Sequence[int], generations: Sequence[int], num_tokens: int) -> list[int]:
-        num_full = num_tokens // self._tokens_per_block
-        return [
-            self._of_full(block, generation) if i < num_full else self._read(block)
-            for i, (block, generation) in enumerate(zip(block_ids, generations, strict=True))
-        ]
+        full = dict(zip(block_ids[: num_tokens // self._tokens_per_block], generations, strict=False))
+        unknown = [block for block in dict.fromkeys(block_ids) if not self._knows(block, full.get(block))]
+        fresh = dict(zip(unknown, self._memory.digest(unknown), strict=True)) if unknown else {}
+        for block, digest in fresh.items():
+            if block in full:
+                self._known[block] = (full[block], digest)
+        return [fresh[block] if block in fresh else self._known[block][1] for block in block_ids]
 
-    def _of_full(self, block: int, generation: int) -> int:
-        known = self._known.get(block)
-        if known is not None and known[0] == generation:
-            return known[1]
-        digest = self._read(block)
-        self._known[block] = (generation, digest)
-        return digest
-
-    def _read(self, block: int) -> int:
-        return xxhash.xxh3_64_intdigest(self._memory.blocks[block].data)
+    def _knows(self, block: int, generation: int | None) -> bool:
+        return generation is not None and self._known.get(block, (None, 0))[0] == generation
 
 
 class LandedDigests:
     """Digests the reader's blocks as they land, while they are still in a cache of the CPU."""
 
-    def __init__(self, destination: Bytes, block_bytes: int) -> None:
-        self._destination = destination
+    def __init__(self, kind: DigestKind, block_bytes: int) -> None:
+        module, _, name = _ON_HOST[kind].partition(":")
+        self._digest: Callable[[Bytes], int] = getattr(importlib.import_module(module), name)
         self._block_bytes = block_bytes
         self._found: dict[int, int] = {}  # destination block -> digest
 
-    def landed(self, offset: int, length: int) -> None:
-        for start in range(offset, offset + length, self._block_bytes):
-            block = self._destination[start : start + self._block_bytes]
-            self._found[start // self._block_bytes] = xxhash.xxh3_64_intdigest(block.data)
+    def landed(self, offset: int, data: Bytes) -> None:
+        for start in range(0, len(data), self._block_bytes):
+            block = data[start : start + self._block_bytes]
+            self._found[(offset + start) // self._block_bytes] = self._digest(block)
 
-    def require(self, destination_blocks: Int64s, expected: Sequence[int]) -> None:
-        pairs = zip(destination_blocks.tolist(), expected, strict=True)
-        wrong = [block for block, digest in pairs if self._found.get(block) != digest]
-        if wrong:
-            raise TransferError(
-                f"{len(wrong)} of {len(expected)} blocks arrived with other bytes than the ticket promises",
-                code="corrupt",
-            )
+    def of(self, destination_blocks: Int64s) -> Digests:
+        return np.array([self._found[block] for block in destination_blocks.tolist()], np.uint64)
 
 
-def require_generations(found: Sequence[int] | np.ndarray, expected: Sequence[int]) -> None:
+def known_kind(name: str) -> DigestKind:
+    for kind in _ON_HOST:
+        if kind == name:
+            return kind
+    raise TransferError(
+        f"the ticket's digests are {name}, this worker knows {', '.join(_ON_HOST)}", code="layout"
+    )
+
+
+def require_digests(found: Digests, expected: Sequence[int], complete: np.ndarray) -> None:
+    """`complete`: blocks that were copied whole; the others cannot be checked."""
+    wrong = int(np.count_nonzero((found != np.asarray(expected, np.uint64)) & complete))
+    if wrong:
+        raise TransferError(
+            f"{wrong} of {len(expected)} blocks arrived with other bytes than the ticket promises",
+            code="corrupt",
+        )
+
+
+def require_generations(found: Generations, expected: Sequence[int]) -> None:
     reused = int(np.count_nonzero(np.asarray(found, np.uint64) != np.asarray(expected, np.uint64)))
     if reused:
         raise TransferError(

@@ -1,10 +1,9 @@
-"""One fetch from its ticket to its event: choose a transport, copy, verify, tell the owner.
+"""One fetch from its ticket to its event: for each rank of the owner choose a transport, copy, verify, tell it.
 
 Runs on a background thread and may block there until the fetch's deadline. Knows transports only through
 their protocol, and nothing of threads, queues or the engine that waits for the event.
 """
 
-import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -13,16 +12,15 @@ from dataclasses import dataclass, field
 from diptych.errors import TransferError
 from diptych.kv_layout import KvLayout
 from diptych.transceiver import ticket as tickets
-from diptych.transceiver.digest import LandedDigests, require_generations
+from diptych.transceiver.digest import LandedDigests, known_kind, require_digests, require_generations
 from diptych.transceiver.link import Link
+from diptych.transceiver.owners import Part, choose_parts
 from diptych.transceiver.plan import CopyPlan, plan_copy
-from diptych.transceiver.pool_memory import PoolMemory
+from diptych.transceiver.routes import Routes
 from diptych.transceiver.settings import FetchDone
 from diptych.transceiver.stop import Stop
-from diptych.transceiver.ticket import Ticket
-from diptych.transceiver.transport import Transfer, Transport, Unreachable
-
-log = logging.getLogger(__name__)
+from diptych.transceiver.ticket import OwnerRank, Ticket
+from diptych.transceiver.transport import Transfer, Transport, Unreachable, ignore_landed
 
 _FLUSH_S = 1.0  # for telling owners, at close, which tickets are done
 
@@ -44,20 +42,34 @@ class Fetch:
             transfer.abort()
 
 
+@dataclass(slots=True)
+class Copied:
+    """What a fetch has copied so far, from all ranks together."""
+
+    bytes: int = 0
+    wire_s: float = 0.0
+    transports: list[str] = field(default_factory=list)
+
+    def add(self, name: str, transfer: Transfer) -> None:
+        self.bytes += transfer.bytes
+        self.wire_s += transfer.seconds
+        if name not in self.transports:
+            self.transports.append(name)
+
+
 class Fetcher:
     """All that fetches of one transceiver share: transports, and one control link to each owner."""
 
     def __init__(
         self,
-        memory: PoolMemory,
         layout: KvLayout,
         transports: Mapping[str, Transport],
         *,
         verify_digest: bool,
+        measure: bool,
         secret: bytes | None,
         timeout_s: float,
     ) -> None:
-        self._memory = memory
         self._layout = layout
         self._transports = transports
         self._verify_digest = verify_digest
@@ -65,29 +77,39 @@ class Fetcher:
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._links: dict[tuple[str, str, int], Link] = {}
-        self._routes: dict[str, str] = {}  # incarnation -> transport, for one log line a peer
+        self._routes = Routes(transports, measure=measure)
         self._closed = False
 
     def run(self, fetch: Fetch) -> FetchDone:
         """Raises TransferError; either way the copy has let go of the destination."""
         ticket = tickets.decode(fetch.ticket)
         complete = False
-        link = self._begin(ticket)
+        copied = Copied()
+        links = self._begin(ticket)
         try:
-            name, copied, wire_s = self._fetch(fetch, ticket)
+            plans = [
+                (rank, self._plan(fetch, ticket, rank, part)) for rank, part in self._parts(ticket.owners)
+            ]
+            for rank, plan in plans if fetch.destination_blocks else ():
+                self._fetch(fetch, ticket, rank, plan, copied)
             complete = True
         finally:
-            # When the link has ended meanwhile, the lease has too: the owner is gone, or saw this reader
+            # When a link has ended meanwhile, the lease has too: the owner is gone, or saw this reader
             # leave.
-            if link is not None:
+            for link in links:
                 link.finish(ticket.ticket_id, complete=complete)
-        return FetchDone(fetch.fetch_id, copied, wire_s, time.monotonic() - fetch.started_at, name)
+        return FetchDone(
+            fetch.fetch_id,
+            copied.bytes,
+            copied.wire_s,
+            time.monotonic() - fetch.started_at,
+            "+".join(copied.transports),
+        )
 
     def decline(self, ticket: bytes) -> None:
         """The fetch never began: tell the owner, so that it need not wait for the lease's end."""
         decoded = tickets.decode(ticket)
-        link = self._begin(decoded)
-        if link is not None:
+        for link in self._begin(decoded):
             link.finish(decoded.ticket_id, complete=False)
 
     def close(self) -> None:
@@ -99,79 +121,101 @@ class Fetcher:
             link.start_closing()
         for link in links:
             link.close(flush)
+        self._routes.close()
 
-    def _fetch(self, fetch: Fetch, ticket: Ticket) -> tuple[str, int, float]:
-        plan = self._plan(fetch, ticket)
-        if not fetch.destination_blocks:
-            return "", 0, 0.0
+    def _parts(self, owners: Sequence[OwnerRank]) -> list[tuple[OwnerRank, Part | None]]:
+        """What to take from which rank; None: all of it, as it is."""
+        for rank in owners:
+            if rank.layout == self._layout:
+                return [(rank, None)]
+        parts = choose_parts([rank.layout for rank in owners], self._layout)
+        return [(owners[part.owner], part) for part in parts]
+
+    def _plan(self, fetch: Fetch, ticket: Ticket, rank: OwnerRank, part: Part | None) -> CopyPlan:
+        return plan_copy(
+            rank.layout,
+            self._layout,
+            ticket.block_ids,
+            fetch.source_indices,
+            fetch.destination_blocks,
+            num_tokens=ticket.num_tokens,
+            part=part,
+        )
+
+    def _fetch(self, fetch: Fetch, ticket: Ticket, rank: OwnerRank, plan: CopyPlan, copied: Copied) -> None:
         failures: list[TransferError] = []
         reasons: list[str] = []
-        for name, transport in self._transports.items():
-            if name not in ticket.transports:
-                continue
+        for name in self._routes.order(rank):
             fetch.stop.check()
             try:
-                return self._copy(fetch, ticket, plan, transport, reasons)
+                transfer = self._copy(fetch, ticket, rank, plan, self._transports[name], reasons)
             except Unreachable as error:
                 reasons.append(f"{name}: {error.reason}")
-                if error.remedy:
-                    self._log_detour(ticket, name, error.reason, error.remedy)
+                self._routes.detour(rank, name, error)
             except TransferError as error:
                 # What a transport could not do, the next one may; doubt about the bytes is final.
                 if error.code != "peer_gone":
                     raise
                 reasons.append(f"{name}: {error.message}")
                 failures.append(error)
+            else:
+                copied.add(name, transfer)
+                return
         raise TransferError(
-            f"no transport reaches {ticket.host}:{ticket.port}: {'; '.join(reasons) or 'none in common'}",
+            f"no transport reaches {rank.host}:{rank.port}: {'; '.join(reasons) or 'none in common'}",
             code=failures[-1].code if failures else "peer_gone",
         )
 
-    def _plan(self, fetch: Fetch, ticket: Ticket) -> CopyPlan:
-        num_blocks = len(ticket.block_ids)
-        if any(not 0 <= index < num_blocks for index in fetch.source_indices):
-            raise TransferError(
-                f"a source index lies outside the ticket's {num_blocks} blocks", code="layout"
-            )
-        source_blocks = [ticket.block_ids[index] for index in fetch.source_indices]
-        return plan_copy(ticket.layout, self._layout, source_blocks, fetch.destination_blocks)
-
     def _copy(
-        self, fetch: Fetch, ticket: Ticket, plan: CopyPlan, transport: Transport, reasons: Sequence[str]
-    ) -> tuple[str, int, float]:
-        peer = transport.connect(ticket.transports[transport.name], fetch.stop)
-        self._log_route(ticket, transport.name, peer.reason, reasons)
-        verify = self._verify_digest and bool(ticket.digests)
-        digests = LandedDigests(self._memory.data, plan.block_bytes)
-        landed = digests.landed if verify else _ignore
-        transfer = transport.start(peer, plan, fetch.stop, landed)
+        self,
+        fetch: Fetch,
+        ticket: Ticket,
+        rank: OwnerRank,
+        plan: CopyPlan,
+        transport: Transport,
+        reasons: Sequence[str],
+    ) -> Transfer:
+        peer = transport.connect(rank.transports[transport.name], fetch.stop)
+        kind = known_kind(rank.digest_kind) if self._verify_digest and rank.digests else None
+        on_host = LandedDigests(kind, plan.source_block_bytes) if kind and plan.whole_blocks else None
+        landed = on_host.landed if on_host else ignore_landed
+        transfer = transport.start(peer, plan, fetch.stop, landed, kind)
+        self._routes.use(rank, transport.name, peer.reason, reasons)
         fetch.transfer = transfer
         try:
             transfer.wait()
         finally:
             fetch.transfer = None
-        require_generations(transfer.generations, [ticket.generations[i] for i in fetch.source_indices])
-        if verify:
-            digests.require(plan.destination_blocks, [ticket.digests[i] for i in fetch.source_indices])
-        return transport.name, transfer.bytes, transfer.seconds
+        require_generations(transfer.generations, [ticket.generations[i] for i in plan.positions])
+        found = transfer.digests
+        if found is None and on_host is not None:
+            found = on_host.of(plan.destination_blocks)
+        if kind is not None and found is not None:
+            require_digests(found, [rank.digests[i] for i in plan.positions], plan.complete)
+        return transfer
 
-    def _begin(self, ticket: Ticket) -> Link | None:
+    def _begin(self, ticket: Ticket) -> list[Link]:
+        """Every rank of the owner is told, also those that this reader takes nothing from."""
+        links = (self._begin_one(ticket, rank) for rank in ticket.owners)
+        return [link for link in links if link is not None]
+
+    def _begin_one(self, ticket: Ticket, rank: OwnerRank) -> Link | None:
         for _ in range(2):  # a link that has just ended is dialled anew, once
-            link = self._link(ticket)
+            link = self._link(rank, ticket.lease_s)
             if link is None or link.begin(ticket.ticket_id):
                 return link
             self._drop(link)
         return None
 
-    def _link(self, ticket: Ticket) -> Link | None:
-        key = (ticket.incarnation, ticket.host, ticket.port)
+    def _link(self, rank: OwnerRank, lease_s: float) -> Link | None:
+        key = (rank.incarnation, rank.host, rank.port)
         with self._lock:
             if self._closed:
                 return None
             link = self._links.get(key)
             if link is None:
                 link = self._links[key] = Link(
-                    ticket, secret=self._secret, timeout_s=self._timeout_s, gone=self._drop
+                    rank, lease_s=lease_s, secret=self._secret, timeout_s=self._timeout_s, gone=self._drop
                 )
             return link
 
@@ -181,31 +225,6 @@ class Fetcher:
             if self._links.get(key) is not link:
                 return
             del self._links[key]
-            self._routes.pop(link.incarnation, None)
+        self._routes.forget(link.incarnation)
         for transport in self._transports.values():
             transport.forget(link.incarnation)
-
-    def _log_route(self, ticket: Ticket, name: str, reason: str, detours: Sequence[str]) -> None:
-        with self._lock:
-            if self._routes.get(ticket.incarnation) == name:
-                return
-            self._routes[ticket.incarnation] = name
-        because = "; ".join([reason, *(f"not {detour}" for detour in detours)])
-        log.info("KV transport to %s:%d = %s, because %s", ticket.host, ticket.port, name, because)
-
-    def _log_detour(self, ticket: Ticket, name: str, reason: str, remedy: str) -> None:
-        with self._lock:
-            if ticket.incarnation in self._routes:
-                return
-        log.warning(
-            "KV transport to %s:%d cannot be %s: %s; to use it, %s",
-            ticket.host,
-            ticket.port,
-            name,
-            reason,
-            remedy,
-        )
-
-
-def _ignore(offset: int, length: int) -> None:
-    """Digests are not wanted."""

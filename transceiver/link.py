@@ -17,7 +17,7 @@ from diptych.errors import TransferError
 from diptych.transceiver.connection import Connection, dial
 from diptych.transceiver.frames import BadFrame, Begin, Finish, Message, Renew
 from diptych.transceiver.stop import Stop
-from diptych.transceiver.ticket import Ticket
+from diptych.transceiver.ticket import OwnerRank
 
 log = logging.getLogger(__name__)
 
@@ -25,17 +25,18 @@ log = logging.getLogger(__name__)
 class Link:
     def __init__(
         self,
-        ticket: Ticket,
+        rank: OwnerRank,
         *,
+        lease_s: float,
         secret: bytes | None,
         timeout_s: float,
         gone: Callable[["Link"], None],
     ) -> None:
-        self.incarnation = ticket.incarnation
-        self.address = (ticket.host, ticket.port)
+        self.incarnation = rank.incarnation
+        self.address = (rank.host, rank.port)
         self._secret = secret
         self._timeout_s = timeout_s
-        self._renew_s = max(0.05, ticket.lease_s / 3)
+        self._renew_s = max(0.05, lease_s / 3)
         self._gone = gone
         self._outgoing: deque[Message] = deque()
         self._reading: dict[str, None] = {}

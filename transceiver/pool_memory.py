@@ -2,7 +2,7 @@
 
     | header page | generation numbers: uint64 [num_blocks] | blocks: uint8 [num_blocks, block_bytes] |
 
-each padded to whole pages.
+each padded to whole pages. A pool on a GPU (device_pool.py) has the first two here and its blocks there.
 
 The header says whose memory this is, so that a peer that opened a recycled pid or descriptor finds out before
 it reads a block. Knows nothing of torch, of transports, or of who uses which block: the scheduler's block
@@ -15,13 +15,16 @@ import mmap
 import os
 import struct
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
+import xxhash
 
 from diptych.errors import StartupError, TransferError
 from diptych.kv_layout import KvLayout
+from diptych.transceiver.pool import Bytes, DigestKind, Generations
 
 MAGIC = b"DIPTYCHK"
 VERSION = 1
@@ -29,10 +32,8 @@ MEMFD_NAME = "diptych-kv-pool"
 
 _HEADER = struct.Struct("<8sI64s16sQQ")  # magic, version, incarnation, fingerprint, num_blocks, block_bytes
 _PAGE = mmap.PAGESIZE
+_NOTE_OFFSET, _NOTE_BYTES = 512, 128  # in the header page
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
-
-Bytes = npt.NDArray[np.uint8]
-Generations = npt.NDArray[np.uint64]
 
 
 class PoolIdentity(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,6 +43,7 @@ class PoolIdentity(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str
     num_blocks: int
     block_bytes: int
+    on_device: bool = False  # the blocks are not in the memfd
 
     def pack(self) -> bytes:
         incarnation = self.incarnation.encode()
@@ -51,49 +53,42 @@ class PoolIdentity(msgspec.Struct, frozen=True, kw_only=True):
             MAGIC, VERSION, incarnation, self.fingerprint.encode(), self.num_blocks, self.block_bytes
         )
 
+    @classmethod
+    def of(cls, layout: KvLayout, num_blocks: int, incarnation: str, *, on_device: bool) -> "PoolIdentity":
+        if num_blocks < 1:
+            raise StartupError(f"num_blocks is {num_blocks}, allowed is 1 or more")
+        return cls(
+            incarnation=incarnation,
+            fingerprint=layout.fingerprint(),
+            num_blocks=num_blocks,
+            block_bytes=layout.block_bytes,
+            on_device=on_device,
+        )
+
     @property
     def blocks_offset(self) -> int:
         return _PAGE + _whole_pages(8 * self.num_blocks)
 
     @property
     def total_bytes(self) -> int:
-        return self.blocks_offset + _whole_pages(self.num_blocks * self.block_bytes)
+        return self.blocks_offset + _whole_pages(self.host_bytes)
+
+    @property
+    def host_bytes(self) -> int:
+        """Of the blocks."""
+        return 0 if self.on_device else self.num_blocks * self.block_bytes
 
 
-class PoolView:
-    """Arrays over a mapped pool; the mapping lives as long as one of its arrays."""
+@dataclass(frozen=True, slots=True)
+class PoolFile:
+    """A new memfd for a pool, with its header, mapped here."""
 
-    def __init__(self, mapping: mmap.mmap, identity: PoolIdentity) -> None:
-        start, num_bytes = identity.blocks_offset, identity.num_blocks * identity.block_bytes
-        self.identity = identity
-        self.data: Bytes = np.frombuffer(mapping, np.uint8, num_bytes, start)
-        self.blocks: Bytes = self.data.reshape(identity.num_blocks, identity.block_bytes)
-        self.generations: Generations = np.frombuffer(mapping, np.uint64, identity.num_blocks, _PAGE)
-
-
-class PoolMemory(PoolView):
-    """The owner's side: creates the memfd and touches every page, so that no transfer pays for page faults.
-
-    `populate_s` is what the touching took. `close` gives up the descriptor; the pages go when the last array
-    over them (here, in torch, or in a peer's mapping) is gone.
-    """
-
-    def __init__(self, fd: int, mapping: mmap.mmap, identity: PoolIdentity, populate_s: float) -> None:
-        super().__init__(mapping, identity)
-        self.fd = fd
-        self.populate_s = populate_s
-        self._mapping: mmap.mmap | None = mapping
+    fd: int
+    mapping: mmap.mmap
+    populate_s: float
 
     @classmethod
-    def create(cls, layout: KvLayout, num_blocks: int, incarnation: str) -> "PoolMemory":
-        if num_blocks < 1:
-            raise StartupError(f"num_blocks is {num_blocks}, allowed is 1 or more")
-        identity = PoolIdentity(
-            incarnation=incarnation,
-            fingerprint=layout.fingerprint(),
-            num_blocks=num_blocks,
-            block_bytes=layout.block_bytes,
-        )
+    def create(cls, identity: PoolIdentity) -> "PoolFile":
         header = identity.pack()
         fd = os.memfd_create(MEMFD_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
@@ -105,16 +100,52 @@ class PoolMemory(PoolView):
             os.close(fd)
             size = identity.total_bytes / 2**30
             raise StartupError(
-                f"a KV pool of {num_blocks} blocks needs {size:.2f} GiB, the system refused: {error}"
+                f"a KV pool of {identity.num_blocks} blocks needs {size:.2f} GiB, the system refused: {error}"
             ) from error
         mapping[: len(header)] = header
-        return cls(fd, mapping, identity, time.monotonic() - started)
+        return cls(fd, mapping, time.monotonic() - started)
+
+
+class PoolView:
+    """Arrays over a mapped pool; the mapping lives as long as one of its arrays."""
+
+    def __init__(self, mapping: mmap.mmap, identity: PoolIdentity) -> None:
+        self.identity = identity
+        self.data: Bytes = np.frombuffer(mapping, np.uint8)[identity.blocks_offset :][: identity.host_bytes]
+        self.blocks: Bytes = self.data.reshape(-1, identity.block_bytes)
+        self.generations: Generations = np.frombuffer(mapping, np.uint64, identity.num_blocks, _PAGE)
+        # What the owner's device wants its peers to know: worth as much as the header.
+        self.note: Bytes = np.frombuffer(mapping, np.uint8, _NOTE_BYTES, _NOTE_OFFSET)
+
+
+class PoolMemory(PoolView):
+    """The owner's side of a pool in host memory: every page is touched, so that no transfer pays for page faults.
+
+    `populate_s` is what the touching took. `close` gives up the descriptor; the pages go when the last array
+    over them (here, in torch, or in a peer's mapping) is gone.
+    """
+
+    digest_kind: DigestKind = "xxh3_64"
+
+    def __init__(self, file: PoolFile, identity: PoolIdentity) -> None:
+        super().__init__(file.mapping, identity)
+        self.fd = file.fd
+        self.populate_s = file.populate_s
+        self._open = True
+
+    @classmethod
+    def create(cls, layout: KvLayout, num_blocks: int, incarnation: str) -> "PoolMemory":
+        identity = PoolIdentity.of(layout, num_blocks, incarnation, on_device=False)
+        return cls(PoolFile.create(identity), identity)
+
+    def digest(self, block_ids: Sequence[int]) -> list[int]:
+        return [xxhash.xxh3_64_intdigest(self.blocks[block].data) for block in block_ids]
 
     def close(self) -> None:
-        if self._mapping is None:
+        if not self._open:
             return
         os.close(self.fd)
-        self._mapping = None
+        self._open = False
         self.data, self.generations = np.empty(0, np.uint8), np.empty(0, np.uint64)
         self.blocks = self.data.reshape(0, self.identity.block_bytes)
 

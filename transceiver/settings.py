@@ -16,6 +16,8 @@ class TransceiverSettings:
     verify_digest: bool = True
     secret: str | None = None
     max_concurrent_fetches: int = 16
+    measure_transports: bool = True  # each once a peer, in the background; the fastest is taken from then on
+    copy_programs: int = 32  # of a GPU's copy kernel at a time: what it takes away from the model
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,37 +5,28 @@ what decides is the header of the memory itself. Works while the owner is stoppe
 the mapping lives, which `forget` ends.
 """
 
-import os
 import threading
 import time
 
-import msgspec
 import numpy as np
 
-from diptych.errors import TransferError
+from diptych.errors import ConfigError, TransferError
+from diptych.transceiver.host_region import HostRegion
 from diptych.transceiver.plan import CopyPlan
-from diptych.transceiver.pool_memory import (
-    MEMFD_NAME,
-    Bytes,
-    Generations,
-    PoolIdentity,
-    PoolMemory,
-    PoolView,
-    open_pool,
-)
+from diptych.transceiver.pool import Bytes, DigestKind, Digests, Generations, KvPool
+from diptych.transceiver.pool_memory import PoolMemory, PoolView
 from diptych.transceiver.stop import Stop
-from diptych.transceiver.transport import Landed, TransferState, TransportContext, Unreachable
+from diptych.transceiver.transport import (
+    PROBE_BYTES,
+    Landed,
+    TransferState,
+    TransportContext,
+    ignore_landed,
+    probe_plan,
+)
 
 # Small enough that the digest of a piece still finds it in a core's cache.
 PIECE_BYTES = 1 << 20
-
-
-class ShmRegion(msgspec.Struct, frozen=True, kw_only=True):
-    identity: PoolIdentity
-    boot_id: str
-    pid_namespace: str
-    pid: int
-    fd: int
 
 
 class ShmPeer:
@@ -50,13 +41,15 @@ class ShmTransfer:
     ) -> None:
         self._view = view
         self._destination = destination
-        self._plan = plan.pieces(PIECE_BYTES)
+        self._spans = plan.pieces(PIECE_BYTES)
+        self._source_blocks = plan.source_blocks
         self._stop = stop
         self._landed = landed
         self.state = TransferState.RUNNING
         self.bytes = 0
         self.seconds = 0.0
         self.generations: Generations = np.empty(0, np.uint64)
+        self.digests: Digests | None = None
 
     def wait(self) -> None:
         started = time.monotonic()
@@ -73,15 +66,16 @@ class ShmTransfer:
         self._stop.abort()
 
     def _copy(self) -> None:
-        source, destination, plan = self._view.data, self._destination, self._plan
+        source, destination, spans = self._view.data, self._destination, self._spans
         for src, dst, length in zip(
-            plan.source_offset.tolist(), plan.destination_offset.tolist(), plan.length.tolist(), strict=True
+            spans.source_offset.tolist(), spans.destination_offset.tolist(), spans.length.tolist(), strict=True
         ):
             self._stop.check()
-            np.copyto(destination[dst : dst + length], source[src : src + length])  # without the GIL
-            self._landed(dst, length)
+            here = destination[dst : dst + length]
+            np.copyto(here, source[src : src + length])  # without the GIL
+            self._landed(dst, here)
             self.bytes += length
-        self.generations = self._view.generations[plan.source_blocks]
+        self.generations = self._view.generations[self._source_blocks]
 
 
 class ShmTransport:
@@ -92,35 +86,41 @@ class ShmTransport:
         self._lock = threading.Lock()
         self._peers: dict[bytes, ShmPeer] = {}  # by descriptor
 
-    def register(self, memory: PoolMemory) -> bytes:
+    def register(self, memory: KvPool) -> bytes:
+        if not isinstance(memory, PoolMemory):
+            raise ConfigError("KV transport shm copies between pools in host memory, and this pool is not")
         self._memory = memory
-        region = ShmRegion(
-            identity=memory.identity,
-            boot_id=_boot_id(),
-            pid_namespace=_pid_namespace(),
-            pid=os.getpid(),
-            fd=memory.fd,
-        )
-        return msgspec.msgpack.encode(region)
+        return HostRegion.of(memory).encode()
 
     def connect(self, descriptor: bytes, stop: Stop) -> ShmPeer:
-        try:
-            region = msgspec.msgpack.decode(descriptor, type=ShmRegion)
-        except msgspec.MsgspecError as error:
-            raise TransferError(f"shm region cannot be read: {error}", code="layout") from error
+        region = HostRegion.decode(descriptor)
         with self._lock:
             peer = self._peers.get(descriptor)
             if peer is None:
-                peer = self._peers[descriptor] = ShmPeer(_map(region))
+                peer = self._peers[descriptor] = ShmPeer(region.open())
             return peer
 
-    def start(self, peer: ShmPeer, plan: CopyPlan, stop: Stop, landed: Landed) -> ShmTransfer:
+    def start(
+        self,
+        peer: ShmPeer,
+        plan: CopyPlan,
+        stop: Stop,
+        landed: Landed,
+        digest_kind: DigestKind | None,
+    ) -> ShmTransfer:
         assert self._memory is not None, "start before register"
         plan.require_within(
             source_blocks=peer.view.identity.num_blocks,
             destination_blocks=self._memory.identity.num_blocks,
         )
         return ShmTransfer(peer.view, self._memory.data, plan, stop, landed)
+
+    def measure(self, peer: ShmPeer, stop: Stop) -> float:
+        plan = probe_plan(peer.view.identity, PROBE_BYTES)
+        scratch = np.zeros(plan.num_bytes, np.uint8)
+        transfer = ShmTransfer(peer.view, scratch, plan, stop, ignore_landed)
+        transfer.wait()
+        return transfer.bytes / transfer.seconds / 1e9
 
     def forget(self, incarnation: str) -> None:
         with self._lock:
@@ -131,40 +131,3 @@ class ShmTransport:
     def close(self) -> None:
         with self._lock:
             self._peers.clear()
-
-
-def _map(region: ShmRegion) -> PoolView:
-    if region.boot_id != _boot_id():
-        raise Unreachable("it is on another host")
-    if region.pid_namespace != _pid_namespace():
-        raise Unreachable(
-            "it is on the same host in another pid namespace",
-            remedy="let the two containers share one (docker: --pid=container:NAME or --pid=host; "
-            'compose: pid: "service:NAME"; kubernetes: shareProcessNamespace)',
-        )
-    path = f"/proc/{region.pid}/fd/{region.fd}"
-    try:
-        # Looked at before it is opened: opening somebody else's device or pipe could have effects.
-        if not os.readlink(path).startswith(f"/memfd:{MEMFD_NAME}"):
-            raise TransferError(f"{path} is not a KV pool", code="peer_gone")
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except PermissionError as error:
-        raise Unreachable(
-            f"it is on the same host, but {path} may not be opened: {error.strerror}",
-            remedy="run both workers as the same user with the same capabilities",
-        ) from error
-    except OSError as error:
-        raise Unreachable(f"process {region.pid} is gone") from error
-    try:
-        return open_pool(fd, region.identity)
-    finally:
-        os.close(fd)
-
-
-def _boot_id() -> str:
-    with open("/proc/sys/kernel/random/boot_id") as file:
-        return file.read().strip()
-
-
-def _pid_namespace() -> str:
-    return os.readlink("/proc/self/ns/pid")

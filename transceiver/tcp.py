@@ -1,4 +1,5 @@
-"""Transport over TCP: the reader names spans, the owner sends them straight from its pool.
+"""Transport over TCP: the reader names spans, the owner sends them straight from its pool (or, from a GPU,
+through staging.py).
 
 Works wherever the owner's port can be reached. Data connections are kept and used again, one transfer at a
 time on each. Needs the owner's process to run: a stopped owner shows only at the deadline.
@@ -12,14 +13,24 @@ import msgspec
 import numpy as np
 
 from diptych.errors import TransferError
-from diptych.transceiver.connection import MAX_IOVECS, Connection, dial
+from diptych.transceiver.connection import Connection, dial
 from diptych.transceiver.frames import MAX_SPANS, BadFrame, Read, Refused, Sending, Sent
-from diptych.transceiver.plan import CopyPlan, Int64s, batches, cut
-from diptych.transceiver.pool_memory import Bytes, Generations, PoolIdentity, PoolMemory
+from diptych.transceiver.plan import CopyPlan
+from diptych.transceiver.pool import DigestKind, Digests, Generations, KvPool
+from diptych.transceiver.pool_memory import PoolIdentity
+from diptych.transceiver.spans import Int64s, batches, cut
+from diptych.transceiver.staging import BATCH_BYTES, HostInlet, Inlet, Outlet, inlet_of, outlet_of
+from diptych.transceiver.staging import MAX_SPANS as MAX_BATCH_SPANS
 from diptych.transceiver.stop import Stop
-from diptych.transceiver.transport import Landed, TransferState, TransportContext
+from diptych.transceiver.transport import (
+    PROBE_BYTES,
+    Landed,
+    TransferState,
+    TransportContext,
+    ignore_landed,
+    probe_plan,
+)
 
-BATCH_BYTES = 4 << 20  # to one system call
 MAX_IDLE_CONNECTIONS = 4  # kept for each peer
 
 
@@ -71,27 +82,32 @@ class TcpTransfer:
         self,
         peer: TcpPeer,
         connection: Connection,
-        destination: Bytes,
+        inlet: Inlet,
         plan: CopyPlan,
         stop: Stop,
         landed: Landed,
+        digest_kind: DigestKind | None,
     ) -> None:
         self._peer = peer
         self._connection = connection
-        self._destination = destination.data
-        self._plan = plan.pieces(BATCH_BYTES)
+        self._inlet = inlet
+        self._plan = plan
+        self._spans = plan.pieces(BATCH_BYTES)
         self._stop = stop
         self._landed = landed
+        self._digest_kind = digest_kind
         self.state = TransferState.RUNNING
         self.bytes = 0
         self.seconds = 0.0
         self.generations: Generations = np.empty(0, np.uint64)
+        self.digests: Digests | None = None
 
     def wait(self) -> None:
         started = time.monotonic()
         try:
             parts = [self._request(spans, blocks) for spans, blocks in self._requests()]
             self.generations = np.concatenate(parts)
+            self.digests = self._inlet.finish(self._plan, self._digest_kind)
             self.state = TransferState.DONE
         except (OSError, BadFrame) as error:
             region = self._peer.region
@@ -99,6 +115,7 @@ class TcpTransfer:
                 f"the data connection to {region.host}:{region.port} broke: {error}", code="peer_gone"
             ) from error
         finally:
+            self._inlet.settle()
             self.seconds = time.monotonic() - started
             self._release()
 
@@ -114,7 +131,7 @@ class TcpTransfer:
 
     def _requests(self) -> Iterator[tuple[slice, slice]]:
         """Bounded requests: the generation numbers are asked for with the last spans, never before."""
-        num_spans, num_blocks = len(self._plan.length), len(self._plan.source_blocks)
+        num_spans, num_blocks = len(self._spans.length), len(self._plan.source_blocks)
         last = max(0, (num_spans - 1) // MAX_SPANS) * MAX_SPANS
         for start in range(0, last, MAX_SPANS):
             yield slice(start, start + MAX_SPANS), slice(0, 0)
@@ -123,28 +140,29 @@ class TcpTransfer:
             yield slice(num_spans, num_spans), slice(start, start + MAX_SPANS)
 
     def _request(self, spans: slice, blocks: slice) -> Generations:
-        connection, plan, stop = self._connection, self._plan, self._stop
-        pairs = np.stack([plan.source_offset[spans], plan.length[spans]], axis=1)
-        source_blocks = plan.source_blocks[blocks]
+        connection, wanted, stop = self._connection, self._spans, self._stop
+        pairs = np.stack([wanted.source_offset[spans], wanted.length[spans]], axis=1)
+        source_blocks = self._plan.source_blocks[blocks]
         connection.send(Read(pairs.tobytes(), source_blocks.tobytes()), stop)
         answer = connection.receive(stop)
         if isinstance(answer, Refused):
             raise TransferError(answer.message, code=answer.code)
-        if not isinstance(answer, Sending) or answer.num_bytes != int(plan.length[spans].sum()):
+        if not isinstance(answer, Sending) or answer.num_bytes != int(wanted.length[spans].sum()):
             raise BadFrame("the answer to Read is not what was asked for")
-        self._receive(plan.destination_offset[spans], plan.length[spans])
+        self._receive(wanted.destination_offset[spans], wanted.length[spans])
         trailer = connection.receive(stop)
         if not isinstance(trailer, Sent) or len(trailer.generations) != 8 * len(source_blocks):
             raise BadFrame("the trailer of a Read is not what was asked for")
         return np.frombuffer(trailer.generations, np.uint64)
 
     def _receive(self, offsets: Int64s, lengths: Int64s) -> None:
-        for batch in batches(lengths, BATCH_BYTES, MAX_IOVECS):
-            spans = list(zip(offsets[batch].tolist(), lengths[batch].tolist(), strict=True))
-            self._connection.fill_buffers([self._destination[o : o + n] for o, n in spans], self._stop)
-            for offset, length in spans:
-                self._landed(offset, length)
-                self.bytes += length
+        for batch in batches(lengths, BATCH_BYTES, MAX_BATCH_SPANS):
+            arrays = self._inlet.take(offsets[batch], lengths[batch])
+            self._connection.fill_buffers([array.data for array in arrays], self._stop)
+            for offset, array in zip(offsets[batch].tolist(), arrays, strict=True):
+                self._landed(offset, array)
+                self.bytes += len(array)
+            self._inlet.put()
 
 
 class TcpTransport:
@@ -152,11 +170,11 @@ class TcpTransport:
 
     def __init__(self, context: TransportContext) -> None:
         self._context = context
-        self._memory: PoolMemory | None = None
+        self._memory: KvPool | None = None
         self._lock = threading.Lock()
         self._peers: dict[bytes, TcpPeer] = {}  # by descriptor
 
-    def register(self, memory: PoolMemory) -> bytes:
+    def register(self, memory: KvPool) -> bytes:
         self._memory = memory
         server = self._context.server
         sender = _Sender(memory, self._context.send_timeout_s)
@@ -181,13 +199,23 @@ class TcpTransport:
             peer.close()
         return known
 
-    def start(self, peer: TcpPeer, plan: CopyPlan, stop: Stop, landed: Landed) -> TcpTransfer:
+    def start(
+        self, peer: TcpPeer, plan: CopyPlan, stop: Stop, landed: Landed, digest_kind: DigestKind | None
+    ) -> TcpTransfer:
         assert self._memory is not None, "start before register"
         plan.require_within(
             source_blocks=peer.region.identity.num_blocks,
             destination_blocks=self._memory.identity.num_blocks,
         )
-        return TcpTransfer(peer, peer.borrow(stop), self._memory.data, plan, stop, landed)
+        inlet = inlet_of(self._memory)
+        return TcpTransfer(peer, peer.borrow(stop), inlet, plan, stop, landed, digest_kind)
+
+    def measure(self, peer: TcpPeer, stop: Stop) -> float:
+        plan = probe_plan(peer.region.identity, PROBE_BYTES)
+        inlet = HostInlet(np.zeros(plan.num_bytes, np.uint8))
+        transfer = TcpTransfer(peer, peer.borrow(stop), inlet, plan, stop, ignore_landed, None)
+        transfer.wait()
+        return transfer.bytes / transfer.seconds / 1e9
 
     def forget(self, incarnation: str) -> None:
         with self._lock:
@@ -206,28 +234,27 @@ class TcpTransport:
 class _Sender:
     """The owner's side of data connections."""
 
-    def __init__(self, memory: PoolMemory, send_timeout_s: float) -> None:
-        self._data = memory.data
+    def __init__(self, memory: KvPool, send_timeout_s: float) -> None:
+        self._memory = memory
+        self._num_bytes = memory.identity.num_blocks * memory.identity.block_bytes
         self._generations = memory.generations
         self._send_timeout_s = send_timeout_s
 
     def serve(self, connection: Connection, number: int) -> None:
+        outlet = outlet_of(self._memory)
         while True:
             connection.wait_readable(None)
             message = connection.receive(Stop(self._send_timeout_s))
             if not isinstance(message, Read):
                 raise BadFrame(f"{type(message).__name__} on a data connection")
-            self._answer(connection, message)
+            self._answer(connection, outlet, message)
 
-    def _answer(self, connection: Connection, read: Read) -> None:
+    def _answer(self, connection: Connection, outlet: Outlet, read: Read) -> None:
         offset, length, blocks = self._parse(read)
         connection.send(Sending(int(length.sum())), Stop(self._send_timeout_s))
         index, inside, piece = cut(length, BATCH_BYTES)
-        offset = offset[index] + inside
-        data = self._data.data
-        for batch in batches(piece, BATCH_BYTES, MAX_IOVECS):
-            spans = zip(offset[batch].tolist(), piece[batch].tolist(), strict=True)
-            connection.send_buffers([data[o : o + n] for o, n in spans], Stop(self._send_timeout_s))
+        for arrays in outlet.batches(offset[index] + inside, piece):
+            connection.send_buffers([array.data for array in arrays], Stop(self._send_timeout_s))
         # Only now: a block that was reused while its bytes left must show.
         connection.send(Sent(self._generations[blocks].tobytes()), Stop(self._send_timeout_s))
 
@@ -237,7 +264,7 @@ class _Sender:
         spans = np.frombuffer(read.spans, np.int64).reshape(-1, 2)
         blocks = np.frombuffer(read.blocks, np.int64)
         offset, length = spans[:, 0], spans[:, 1]
-        size = len(self._data)
+        size = self._num_bytes
         if not bool(np.all((offset >= 0) & (length > 0) & (length <= size) & (offset <= size - length))):
             raise BadFrame(f"Read of spans outside the pool of {size} bytes")
         if not bool(np.all((blocks >= 0) & (blocks < len(self._generations)))):

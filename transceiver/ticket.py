@@ -15,6 +15,22 @@ VERSION = 1
 MAX_BYTES = 16 << 20
 
 
+class OwnerRank(msgspec.Struct, frozen=True, kw_only=True):
+    """Where one rank of the owner keeps its part of every block of the ticket.
+
+    Block ids and generation numbers are the same on all ranks: one scheduler hands them out.
+    """
+
+    incarnation: str  # of the process that owns the blocks
+    layout: KvLayout
+    fingerprint: str
+    digests: list[int] = []  # of each block's bytes; empty: the owner computes none
+    digest_kind: str = "xxh3_64"
+    host: str  # of the rank's transceiver: control messages, and data over tcp
+    port: int
+    transports: dict[str, bytes]  # transport name -> region descriptor
+
+
 class Ticket(msgspec.Struct, frozen=True, kw_only=True):
     version: int = VERSION
     ticket_id: str  # 128 random bits, in hex
@@ -24,11 +40,29 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
     num_tokens: int
     block_ids: list[int]
     generations: list[int]  # one a block, as they were when the ticket was made
-    digests: list[int] = []  # xxh3_64 of each block's bytes; empty: the owner computes none
+    digests: list[int] = []  # of each block's bytes; empty: the owner computes none
     host: str  # of the owner's transceiver: control messages, and data over tcp
     port: int
     transports: dict[str, bytes]  # transport name -> region descriptor
     lease_s: float
+    digest_kind: str = "xxh3_64"
+    ranks: list[OwnerRank] = []  # of an owner with several; empty: the fields above are its only one
+
+    @property
+    def owners(self) -> list[OwnerRank]:
+        return self.ranks or [self.first_rank()]
+
+    def first_rank(self) -> OwnerRank:
+        return OwnerRank(
+            incarnation=self.incarnation,
+            layout=self.layout,
+            fingerprint=self.fingerprint,
+            digests=self.digests,
+            digest_kind=self.digest_kind,
+            host=self.host,
+            port=self.port,
+            transports=self.transports,
+        )
 
 
 class _Head(msgspec.Struct):
@@ -62,15 +96,24 @@ def decode(data: bytes) -> Ticket:
     return ticket
 
 
+def join(tickets: list[Ticket]) -> Ticket:
+    """One ticket for the same blocks of several ranks, made of each rank's own."""
+    first = tickets[0]
+    assert all(ticket.block_ids == first.block_ids for ticket in tickets)
+    assert all(ticket.generations == first.generations for ticket in tickets)
+    return msgspec.structs.replace(first, ranks=[ticket.first_rank() for ticket in tickets])
+
+
 def _check(ticket: Ticket) -> None:
     num_blocks = len(ticket.block_ids)
-    if len(ticket.generations) != num_blocks or len(ticket.digests) not in (0, num_blocks):
-        raise TransferError(
-            f"ticket names {num_blocks} blocks, {len(ticket.generations)} generation numbers "
-            f"and {len(ticket.digests)} digests",
-            code="layout",
-        )
-    if ticket.layout.fingerprint() != ticket.fingerprint:
-        raise TransferError(
-            f"ticket's fingerprint {ticket.fingerprint} is not that of its layout", code="layout"
-        )
+    for rank in ticket.owners:
+        if len(ticket.generations) != num_blocks or len(rank.digests) not in (0, num_blocks):
+            raise TransferError(
+                f"ticket names {num_blocks} blocks, {len(ticket.generations)} generation numbers "
+                f"and {len(rank.digests)} digests",
+                code="layout",
+            )
+        if rank.layout.fingerprint() != rank.fingerprint:
+            raise TransferError(
+                f"ticket's fingerprint {rank.fingerprint} is not that of its layout", code="layout"
+            )

@@ -22,7 +22,7 @@ from diptych.transceiver.fetch import Fetch, Fetcher
 from diptych.transceiver.frames import BadFrame, Begin, Finish, Message, Renew
 from diptych.transceiver.lease import EndedLease, LeaseTable
 from diptych.transceiver.metrics import Counts, TransceiverMetrics
-from diptych.transceiver.pool_memory import PoolMemory
+from diptych.transceiver.pool import KvPool
 from diptych.transceiver.server import Server
 from diptych.transceiver.settings import (
     FetchDone,
@@ -43,7 +43,7 @@ class Transceiver:
 
     def __init__(
         self,
-        memory: PoolMemory,
+        memory: KvPool,
         layout: KvLayout,
         settings: TransceiverSettings,
         *,
@@ -72,17 +72,19 @@ class Transceiver:
             tick=self._tick,
         )
         try:
-            context = TransportContext(self._server, secret, settings.timeout_s)
+            context = TransportContext(
+                self._server, secret, settings.timeout_s, copy_programs=settings.copy_programs
+            )
             self._transports = {name: load(name, context) for name in settings.backends}
             self._regions = {name: way.register(memory) for name, way in self._transports.items()}
         except BaseException:
             self._server.close()
             raise
         self._fetcher = Fetcher(
-            memory,
             layout,
             self._transports,
             verify_digest=settings.verify_digest,
+            measure=settings.measure_transports,
             secret=secret,
             timeout_s=settings.timeout_s,
         )
@@ -106,6 +108,7 @@ class Transceiver:
             block_ids=list(block_ids),
             generations=generations,
             digests=digests,
+            digest_kind=self._memory.digest_kind,
             host=host,
             port=port,
             transports=self._regions,

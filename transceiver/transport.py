@@ -11,21 +11,27 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+import numpy as np
+
 from diptych.errors import ConfigError
 from diptych.transceiver.plan import CopyPlan
-from diptych.transceiver.pool_memory import Generations, PoolMemory
+from diptych.transceiver.pool import Bytes, DigestKind, Digests, Generations, KvPool
+from diptych.transceiver.pool_memory import PoolIdentity
 from diptych.transceiver.server import Server
 from diptych.transceiver.stop import Stop
 
 # Name in settings and tickets -> class, imported on use.
 TRANSPORTS = {
     "shm": "diptych.transceiver.shm:ShmTransport",
+    "cuda_ipc": "diptych.transceiver.cuda_ipc:CudaIpcTransport",
     "tcp": "diptych.transceiver.tcp:TcpTransport",
 }
 
-# Called as bytes land: offset and length in the destination pool, whole blocks, each once. On the copying
-# thread.
-Landed = Callable[[int, int], None]
+# Called as bytes land in host memory: offset in the destination pool, and the bytes there; each once, and whole
+# blocks when the plan copies whole blocks. On the copying thread.
+Landed = Callable[[int, Bytes], None]
+
+PROBE_BYTES = 8 << 20  # of one measurement; a GPU's link needs more to show its speed
 
 
 class TransferState(Enum):
@@ -53,6 +59,7 @@ class TransportContext:
     server: Server
     secret: bytes | None = None
     send_timeout_s: float = 30.0
+    copy_programs: int = 32
 
 
 class Peer(Protocol):
@@ -83,6 +90,13 @@ class Transfer(Protocol):
         """
         ...
 
+    @property
+    def digests(self) -> Digests | None:
+        """Of the plan's source blocks, in its order, over what was copied of them, when the transport computed
+        them itself; None: what landed has to be looked at.
+        """
+        ...
+
     def wait(self) -> None:
         """Copy. When it returns or raises TransferError, the destination is no longer written to."""
         ...
@@ -95,7 +109,7 @@ class Transfer(Protocol):
 class Transport(Protocol):
     name: str
 
-    def register(self, memory: PoolMemory) -> bytes:
+    def register(self, memory: KvPool) -> bytes:
         """Once, before anything else; the descriptor is what `connect` takes in another process."""
         ...
 
@@ -103,7 +117,15 @@ class Transport(Protocol):
         """Idempotent. Raises Unreachable, or TransferError when the peer is known to be gone."""
         ...
 
-    def start(self, peer: Peer, plan: CopyPlan, stop: Stop, landed: Landed) -> Transfer: ...
+    def start(
+        self, peer: Peer, plan: CopyPlan, stop: Stop, landed: Landed, digest_kind: DigestKind | None
+    ) -> Transfer:
+        """`digest_kind` is what the ticket's digests are; None: they need not be checked."""
+        ...
+
+    def measure(self, peer: Peer, stop: Stop) -> float:
+        """GB/s of one copy of some of the peer's blocks into memory that nobody uses."""
+        ...
 
     def forget(self, incarnation: str) -> None:
         """The owner is gone: let go of its memory and connections as soon as running transfers end."""
@@ -119,3 +141,26 @@ def load(name: str, context: TransportContext) -> Transport:
     module, _, attribute = path.partition(":")
     transport: Transport = getattr(importlib.import_module(module), attribute)(context)
     return transport
+
+
+def probe_plan(source: PoolIdentity, num_bytes: int) -> CopyPlan:
+    """The first blocks of a pool, about so many bytes, to the start of a memory."""
+    count = min(source.num_blocks, max(1, num_bytes // source.block_bytes))
+    blocks = np.arange(count)
+    return CopyPlan(
+        positions=blocks,
+        source_blocks=blocks,
+        destination_blocks=blocks,
+        row_block=blocks,
+        row_source=blocks * source.block_bytes,
+        row_destination=blocks * source.block_bytes,
+        cell_source=np.zeros(1, np.int64),
+        cell_destination=np.zeros(1, np.int64),
+        length=source.block_bytes,
+        source_block_bytes=source.block_bytes,
+        destination_block_bytes=source.block_bytes,
+    )
+
+
+def ignore_landed(offset: int, data: Bytes) -> None:
+    """Nobody wants to look at it."""

@@ -100,7 +100,7 @@ class BlockPool:
             self._refs[block] += 1
 
     def allocate(self, count: int) -> list[int] | None:
-        """`count` blocks of unknown content, each with one reference; None, and nothing changed, if there are too few."""
+        """`count` blocks of unknown content, one reference each; None, and nothing changed, if there are too few."""
         if count > self.num_available:
             return None
         blocks = []

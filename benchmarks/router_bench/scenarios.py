@@ -30,7 +30,10 @@ SCENARIOS = (
     Scenario("json c64 32KB", "json", 64, 3.0, prompt_bytes=32768),
     Scenario("burst c64", "stream", 64, 3.0),
     # At a steady rate: what the router adds to the latency of one request.
-    *(Scenario(f"paced c{n}", "json", n, 3.0, pause_us=n * 1_000_000 // _PACED_RATE) for n in (1, 64, 256, 1024)),
+    *(
+        Scenario(f"paced c{n}", "json", n, 3.0, pause_us=n * 1_000_000 // _PACED_RATE)
+        for n in (1, 64, 256, 1024)
+    ),
     # Tokens at the speed at which people get them: CPU time and delay of one event.
     *(Scenario(f"stream c{n}", "stream", n, 4.0, max_tokens=128, tick_us=20_000) for n in (1, 64, 256)),
     Scenario("stream c1024", "stream", 1024, 4.0, max_tokens=64, tick_us=100_000),

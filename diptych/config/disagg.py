@@ -5,10 +5,11 @@ error. Knows nothing of sockets: URLs stay as they are written.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from diptych.config.api_keys import KeySetting, read_api_keys
 from diptych.config.cluster import DisaggCluster, MinimalInstances, cluster_section
 from diptych.config.decode import decode, field_names, unknown_key
 from diptych.config.llm import LlmConfig, LogLevel
@@ -80,6 +81,9 @@ class DisaggConfig:
     disagg_cluster: DisaggCluster | None = None
     metadata_server: MetadataConfig | None = None
     cluster_secret: str | None = field(default=None, repr=False)
+    max_concurrent_requests: PositiveInt | None = None  # None: what the workers can use
+    max_queued_requests: NonNegativeInt | None = None  # None: in proportion to those that run
+    api_keys: tuple[KeySetting, ...] = ()  # empty: everybody may ask
     max_body_bytes: PositiveInt = 64 * 2**20
     num_workers: PositiveInt = 1  # router processes
     server_keep_alive_timeout: PositiveFloat = 10.0  # seconds
@@ -145,7 +149,9 @@ def disagg_config(
         settings[role] = _section(data.get(role), role, inherited, settings, source, notices)
     if settings.get("schedule_style") == "generation_first":
         notices.warn(f"{source}: schedule_style generation_first runs as context_first in this version")
-    config = decode({**settings, **(overrides or {})}, DisaggConfig, source=source)
+    settings |= overrides or {}
+    api_keys = read_api_keys(settings.pop("api_keys", None), source=source)
+    config = replace(decode(settings, DisaggConfig, source=source), api_keys=api_keys)
     aware = config.generation_servers.router.type == "kv_cache_aware"
     if config.conditional_disagg_config is not None and not aware:
         raise ConfigError(

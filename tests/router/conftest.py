@@ -8,13 +8,13 @@ from typing import Any
 
 import aiohttp
 import pytest
-from aiohttp import web
 
 from diptych.config.routing import ConditionalDisagg
 from diptych.discovery import Registry
 from diptych.discovery.static import StaticRegistry
-from diptych.router.app import POOL, create_app
+from diptych.listen import open_listener
 from diptych.router.pool import Pool
+from diptych.router.router import Router as RouterProcess
 from diptych.router.settings import Limits
 from diptych.router.status import missing_roles
 from tests.fakes.fake_worker import FakeWorker
@@ -48,6 +48,9 @@ class Config:
     log_level: str = "info"
     minimal_instances: Any = None
     cluster_secret: str | None = None
+    max_concurrent_requests: int | None = None
+    max_queued_requests: int | None = None
+    api_keys: tuple = ()
 
 
 FAST = Limits(connect_s=2.0, probe_s=2.0, probe_retry_s=0.05, probe_retry_max_s=0.1, shutdown_s=1.0)
@@ -113,20 +116,18 @@ async def start_router(stack: AsyncExitStack) -> StartRouter:
             [w.url for w in workers if w.role == "CONTEXT"],
             [w.url for w in workers if w.role == "GENERATION"],
         )
-        app = create_app(config or Config(), registry, limits=limits)
-        runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
-        await runner.setup()
-        stack.push_async_callback(runner.cleanup)
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
+        router = RouterProcess(config or Config(), registry, limits=limits)
+        await stack.enter_async_context(router)
+        listener = open_listener("127.0.0.1", 0)
+        host, port = listener.getsockname()
+        await router.listen(listener)
         session = await stack.enter_async_context(aiohttp.ClientSession())
-        pool = app[POOL]
+        pool = router.pool
         if wait_ready:
             ready = await pool.wait_until(lambda pool: not missing_roles(pool), 5.0)
             assert ready
             known = await pool.wait_until(lambda pool: all(w.probed for w in pool.workers), 5.0)
             assert known
-        host, port = runner.addresses[0][:2]
         return Router(f"http://{host}:{port}", pool, session)
 
     return start

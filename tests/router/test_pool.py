@@ -2,11 +2,8 @@
 
 import logging
 
-import pytest
-
 from diptych.discovery.static import StaticRegistry
-from diptych.errors import ConfigError, WorkerLost
-from diptych.router.policies import load_policy
+from diptych.errors import WorkerLost
 from diptych.router.pool import Pool
 from diptych.router.settings import Limits
 from diptych.wire import WorkerInfo
@@ -127,11 +124,12 @@ async def test_worker_with_an_impossible_url_is_left_out(context, caplog):
     assert "worker bad is left out" in caplog.text
 
 
-def test_round_robin_takes_turns():
-    policy = load_policy("round_robin")
-    assert [policy.pick(["a", "b", "c"]) for _ in range(4)] == ["a", "b", "c", "a"]
-
-
-def test_unknown_policy_names_those_that_exist():
-    with pytest.raises(ConfigError, match="round_robin"):
-        load_policy("nearest")
+async def test_what_a_worker_says_beyond_our_legs_is_the_load_of_others(context):
+    async with Pool(StaticRegistry([info(context)]), QUICK) as pool:
+        assert await pool.wait_until(lambda pool: bool(pool.ready("CONTEXT")), 5.0)
+        (worker,) = pool.workers
+        with worker:
+            worker.note_load(4)
+        assert worker.elsewhere == 3
+        worker.note_load(0)
+        assert worker.elsewhere == 0

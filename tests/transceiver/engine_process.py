@@ -6,6 +6,7 @@ import select
 import sys
 import time
 
+import numpy as np
 from kv_nodes import LAYOUTS, fill
 
 from diptych.transceiver.digest import LandedDigests
@@ -45,7 +46,7 @@ def main(layout_name: str, num_blocks: str, seed: str, settings: str) -> None:
 
 
 def hold_after_first_piece() -> None:
-    def held(digests: LandedDigests, offset: int, length: int) -> None:
+    def held(digests: LandedDigests, offset: int, data: np.ndarray) -> None:
         say(halfway=True)
         time.sleep(60)  # to be killed in
 

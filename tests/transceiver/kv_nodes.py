@@ -51,6 +51,7 @@ class Node:
         self._clock = clock
         self.layout = layout
         self.seen: list = []
+        settings.setdefault("measure_transports", False)
         self.transceiver = Transceiver(
             self.memory, layout, TransceiverSettings(**settings), wake=self._bell.set, clock=clock
         )
@@ -132,10 +133,10 @@ class Gate:
         self.open = threading.Event()
         landed = LandedDigests.landed
 
-        def held(digests: LandedDigests, offset: int, length: int) -> None:
+        def held(digests: LandedDigests, offset: int, data: np.ndarray) -> None:
             self.reached.set()
             assert self.open.wait(PATIENCE_S)
-            landed(digests, offset, length)
+            landed(digests, offset, data)
 
         monkeypatch.setattr(LandedDigests, "landed", held)
 

@@ -11,9 +11,11 @@ import pytest
 from kv_nodes import LAYOUT, forge
 
 from diptych.errors import ConfigError
-from diptych.transceiver import digest, shm
+from diptych.transceiver import digest
 from diptych.transceiver import ticket as tickets
 from diptych.transceiver.digest import OwnerDigests
+from diptych.transceiver.host_region import HostRegion
+from diptych.transceiver.pool_memory import PoolMemory
 from diptych.transceiver.settings import FetchDone, LeaseEnded
 
 
@@ -28,7 +30,7 @@ class Clock:
 def change_region(ticket: bytes, **changes: object) -> bytes:
     """A ticket whose shm region is another than the owner's."""
     transports = dict(tickets.decode(ticket).transports)
-    region = msgspec.msgpack.decode(transports["shm"], type=shm.ShmRegion)
+    region = msgspec.msgpack.decode(transports["shm"], type=HostRegion)
     transports["shm"] = msgspec.msgpack.encode(msgspec.structs.replace(region, **changes))
     return forge(ticket, transports=transports)
 
@@ -73,7 +75,7 @@ def test_a_fetch_after_the_lease_may_succeed_or_be_stale_but_never_ends_it_twice
 
 def test_one_log_line_says_which_transport_and_why(nodes, caplog):
     owner, reader = nodes(seed=1), nodes(seed=2)
-    with caplog.at_level(logging.INFO, "diptych.transceiver.fetch"):
+    with caplog.at_level(logging.INFO, "diptych.transceiver.routes"):
         for block in range(3):
             reader.result(reader.transceiver.fetch(owner.offer([block])[1], [0], [block]))
     (record,) = [r for r in caplog.records if "KV transport to" in r.message]
@@ -83,7 +85,7 @@ def test_one_log_line_says_which_transport_and_why(nodes, caplog):
 def test_another_pid_namespace_falls_to_tcp_and_says_how_to_mend_it(nodes, caplog):
     owner, reader = nodes(seed=1), nodes(seed=2)
     ticket = change_region(owner.offer([4])[1], pid_namespace="pid:[1]")
-    with caplog.at_level(logging.INFO, "diptych.transceiver.fetch"):
+    with caplog.at_level(logging.INFO, "diptych.transceiver.routes"):
         for block in range(2):
             done = reader.result(reader.transceiver.fetch(ticket, [0], [block]))
             assert isinstance(done, FetchDone)
@@ -150,8 +152,8 @@ def test_an_error_of_ours_is_an_event_too(nodes, monkeypatch, caplog):
 def test_full_blocks_are_digested_once_a_generation(nodes, monkeypatch):
     memory = nodes(seed=1).memory
     read: list[int] = []
-    plain = OwnerDigests._read
-    monkeypatch.setattr(OwnerDigests, "_read", lambda self, block: read.append(block) or plain(self, block))
+    plain = PoolMemory.digest
+    monkeypatch.setattr(PoolMemory, "digest", lambda self, blocks: read.extend(blocks) or plain(self, blocks))
     digests = OwnerDigests(memory, LAYOUT.tokens_per_block)
     num_tokens = 2 * LAYOUT.tokens_per_block + 1  # the third block is not full
     first = digests.of([3, 4, 5], [0, 0, 0], num_tokens)

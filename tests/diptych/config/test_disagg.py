@@ -131,8 +131,8 @@ def test_misspelt_interval_of_disagg_cluster(caplog: pytest.LogCaptureFixture):
 
 
 def test_known_keys_without_effect(caplog: pytest.LogCaptureFixture):
-    disagg_config({"conditional_disagg_config": {"max_local_prefill_length": 3}}, source="f.yaml")
-    assert "conditional_disagg_config" in caplog.text
+    disagg_config({"otlp_config": {"otlp_traces_endpoint": "http://h:4317"}}, source="f.yaml")
+    assert "otlp_config" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -127,11 +127,11 @@ class TestSpellings:
         assert "no effect" in message
 
     def test_fields_that_nothing_acts_on_are_named_when_set(self, write, caplog: pytest.LogCaptureFixture):
-        load_llm_config("m", None, write("kv_cache_config: {event_buffer_max_size: 0}\n"))
+        load_llm_config("m", None, write("kv_cache_config: {host_cache_size: 0}\n"))
         assert caplog.messages == []
-        config = load_llm_config("m", None, write("kv_cache_config: {event_buffer_max_size: 9}\n"))
-        assert config.kv_cache_config.event_buffer_max_size == 9
-        assert "event_buffer_max_size" in caplog.text
+        config = load_llm_config("m", None, write("kv_cache_config: {host_cache_size: 9}\n"))
+        assert config.kv_cache_config.host_cache_size == 9
+        assert "host_cache_size" in caplog.text
 
     @pytest.mark.parametrize("role", ["generation", "Generation", "GENERATION"])
     def test_role_in_any_case(self, role: str):

@@ -34,3 +34,27 @@ def test_sentences(data: dict, expected: str):
     with pytest.raises(ConfigError) as caught:
         metadata_config(data, source="f")
     assert expected in caught.value.message
+
+
+def test_several_endpoints_and_tls():
+    data = {"server_type": "etcd", "endpoints": ["a:1", "http://b:2"], "ca_file": "ca.pem"}
+    assert metadata_config(data, source="f").urls == ("https://a:1", "https://b:2")
+    assert metadata_config({"hostname": "::1"}, source="f").urls == ("http://[::1]:2379",)
+    assert metadata_config({"tls": True}, source="f").urls == ("https://localhost:2379",)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"endpoints": ["a"]}, "'a' is not a host:port"),
+        ({"cert_file": "c.pem"}, "cert_file and key_file belong together"),
+        ({"password": "p"}, "password needs user"),
+    ],
+)
+def test_settings_that_do_not_fit_together(data, words):
+    with pytest.raises(ConfigError, match=words):
+        metadata_config(data, source="f")
+
+
+def test_the_password_is_not_printed():
+    assert "geheim" not in repr(metadata_config({"user": "u", "password": "geheim"}, source="f"))

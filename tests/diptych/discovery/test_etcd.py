@@ -280,7 +280,7 @@ async def test_tls(etcd_program: None, certificates: Path, tmp_path: Path, mutua
         await registry.register(worker())
         reader = world.reader(registry)
         await reader.until("w:1-a")
-        with pytest.raises(EtcdUnreachable, match="(?i)certificate|ssl|reset"):
+        with pytest.raises(EtcdUnreachable, match=r"(?i)certificate|ssl|reset"):
             await stranger.read_prefix("/a/", 1.0)
         await registry.close()
     await stranger.close()
@@ -288,5 +288,5 @@ async def test_tls(etcd_program: None, certificates: Path, tmp_path: Path, mutua
 
 
 def test_certificate_files_that_cannot_be_read():
-    with pytest.raises(ConfigError, match="absent.pem"):
+    with pytest.raises(ConfigError, match=r"absent\.pem"):
         EtcdClient(EtcdAddress(endpoints=("https://h:1",), ca_file="absent.pem"))

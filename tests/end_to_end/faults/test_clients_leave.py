@@ -1,0 +1,138 @@
+"""F7, F8, F9: clients that leave in each phase, legs that are refused, releases that come twice or for nothing."""
+
+import asyncio
+import random
+
+import pytest
+from fault_clients import STORY, assert_same, body_of, session, stream
+from fault_mesh import until
+
+NUM_TOKENS = 40
+BUSY_S = 3.0  # for a machine with other work
+
+
+async def leave(call: asyncio.Task) -> None:
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
+
+
+async def test_during_the_prefill(faults, sticky):
+    context, _ = await faults.owners(sticky)
+    async with session() as client:
+        request = body_of("greedy", 8, prompt=STORY * 600)
+        call = asyncio.create_task(stream(client, faults.router.url, request, headers=sticky))
+        await until("the prefill", lambda: context.metric("trtllm_num_requests_running") == 1)
+        await leave(call)
+        faults.wait_rest(context)
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_between_the_legs(faults, sticky, streamed):
+    """The generation worker has not fetched: the router returns the blocks, while that worker hangs."""
+    context, generation = await faults.owners(sticky)
+    faults.pause(generation)
+    async with session() as client:
+        request = body_of("greedy", 8)
+        if not streamed:
+            request[1].update(stream=False)
+            del request[1]["stream_options"]
+        call = asyncio.create_task(stream(client, faults.router.url, request, headers=sticky))
+        await until("the ticket", lambda: context.blocks()["leased"] > 0)
+        await leave(call)
+        faults.wait_rest(context)
+    faults.resume(generation)
+    faults.wait_rest(generation)
+
+
+async def test_in_the_middle_of_streams(faults):
+    async with session() as client:
+        left = asyncio.Event()
+
+        def on_event(number):
+            if number == 10:
+                left.set()
+
+        calls = [
+            asyncio.create_task(stream(client, faults.router.url, body_of("seeded", 500), on_event=on_event))
+            for _ in range(4)
+        ]
+        await left.wait()
+        for call in calls:
+            await leave(call)
+    faults.wait_rest()
+
+
+async def storm(faults, *, clients: int, num_prompt: int, rounds: int, seed: int) -> None:
+    """Clients that leave at random moments, all phases among them; then an ordinary request, at once."""
+    expected = await faults.expected("greedy", 8)
+    rng = random.Random(seed)
+    free = {worker: worker.blocks() for worker in faults.workers}
+    for _ in range(rounds):
+        async with session() as client:
+            calls = [
+                asyncio.create_task(
+                    stream(client, faults.router.url, body_of("greedy", 100, prompt="word " * num_prompt))
+                )
+                for _ in range(clients)
+            ]
+            _, pending = await asyncio.wait(calls, timeout=rng.uniform(0.05, 1.5))
+            for call in pending:
+                call.cancel()
+            outcomes = await asyncio.gather(*calls, return_exceptions=True)
+            broken = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+            assert not broken, broken[:3]
+        async with session() as client:
+            probe = await asyncio.wait_for(stream(client, faults.router.url, body_of("greedy", 8)), 2.0 + BUSY_S)
+            assert_same(probe, expected)
+        faults.wait_rest()
+    for worker, before in free.items():
+        after = worker.blocks()
+        assert after["free"] + after["cached"] == before["free"] + before["cached"]
+
+
+async def test_a_storm_of_cancels(faults):
+    await storm(faults, clients=40, num_prompt=300, rounds=3, seed=1)
+
+
+@pytest.mark.slow
+async def test_a_great_storm_of_cancels(faults):
+    """NVIDIA/TensorRT-LLM#12313: the pool stayed full, and the server answered 200 to its health check for ever."""
+    await storm(faults, clients=300, num_prompt=2000, rounds=4, seed=2)
+
+
+async def test_a_generation_worker_refuses_what_the_context_worker_took(faults):
+    """Its limits are smaller: the client has its error, and the tickets are returned at once."""
+    small = faults.mesh.worker("small", "GENERATION", max_seq_len=64)
+    router = faults.mesh.router("small_router", faults.contexts, [small])
+    small.wait_ready()
+    router.wait_ready()
+    request = body_of("greedy", 8, prompt="word " * 200)
+    try:
+        async with session() as client:
+            outcome = await stream(client, router.url, request)
+            (error,) = outcome.errors
+            assert error["error"]["code"] == "context_length_exceeded"
+            assert outcome.dones == 1
+            request[1].update(stream=False)
+            del request[1]["stream_options"]
+            assert (await stream(client, router.url, request)).status == 400
+        faults.wait_rest(*faults.contexts)
+    finally:
+        router.kill()
+        small.kill()
+
+
+async def test_releases_that_come_twice_late_or_for_nothing(faults, sticky):
+    expected = await faults.expected("greedy", NUM_TOKENS)
+    context, _ = await faults.owners(sticky)
+    async with session() as client:
+        outcome = await stream(client, faults.router.url, body_of("greedy", NUM_TOKENS), headers=sticky)
+        assert_same(outcome, expected)
+        for what in ({"ticket_ids": ["no such ticket"]}, {"disagg_request_ids": ["no such request", 7]}, {}):
+            for _ in range(2):
+                async with client.post(context.url + "/kv/release", json=what) as response:
+                    assert response.status == 200
+        async with client.post(context.url + "/kv/release", json={"ticket_ids": [1]}) as response:
+            assert response.status == 400
+        outcome = await stream(client, faults.router.url, body_of("greedy", NUM_TOKENS), headers=sticky)
+        assert_same(outcome, expected)

@@ -1,0 +1,146 @@
+"""What a router makes of announcements: states, changes of process, names of one address, minimal_instances."""
+
+import logging
+from dataclasses import dataclass
+
+import pytest
+
+from diptych.discovery.embedded import EmbeddedRegistry
+from diptych.discovery.static import StaticRegistry
+from diptych.errors import Unavailable
+from diptych.router.pool import Pool
+from diptych.router.settings import Limits
+from diptych.router.status import StartGate, describe_missing, missing_roles
+from diptych.wire import WorkerInfo
+from tests.router.test_pool import QUICK, ids, info
+
+SLOW = Limits(probe_s=2.0, probe_interval_s=60.0, probe_retry_s=60.0)
+
+
+@dataclass(frozen=True)
+class Minimal:
+    context_servers: int = 1
+    generation_servers: int = 1
+
+
+async def test_a_worker_takes_legs_as_soon_as_it_is_announced_ready(context):
+    registry = StaticRegistry()
+    async with Pool(registry, SLOW) as pool:
+        context.script.state = "STARTING"
+        lease = await registry.register(info(context, state="STARTING"))
+        assert await pool.wait_until(lambda pool: any(w.facts for w in pool.workers), 5.0)
+        assert pool.ready("CONTEXT") == ()
+        context.script.state = "READY"
+        await lease.update(info(context, state="READY"))
+        assert await pool.wait_until(lambda pool: bool(pool.ready("CONTEXT")), 5.0)
+        await lease.update(info(context, state="DRAINING"))
+        assert await pool.wait_until(lambda pool: not pool.ready("CONTEXT"), 5.0)
+
+
+async def test_a_worker_that_was_down_is_asked_when_it_is_announced_anew(context):
+    registry = StaticRegistry()
+    await context.stop()
+    async with Pool(registry, SLOW) as pool:
+        lease = await registry.register(info(context, state="STARTING"))
+        assert await pool.wait_until(lambda pool: [w.state for w in pool.workers] == ["DOWN"], 5.0)
+        await context.start()
+        await lease.update(info(context, state="READY"))
+        assert await pool.wait_until(lambda pool: bool(pool.ready("CONTEXT")), 5.0)
+
+
+async def test_added_and_removed_are_logged_in_the_words_that_operators_wait_for(context, caplog):
+    registry = StaticRegistry()
+    with caplog.at_level(logging.INFO):
+        async with Pool(registry, QUICK) as pool:
+            lease = await registry.register(info(context))
+            assert await pool.wait_until(lambda pool: bool(pool.workers), 5.0)
+            await lease.close()
+            assert await pool.wait_until(lambda pool: not pool.workers, 5.0)
+    assert [text for text in caplog.messages if text.startswith("Server")] == [
+        f"Server {context.url} is added",
+        f"Server {context.url} is removed",
+    ]
+
+
+async def test_a_new_load_alone_changes_nothing(context):
+    registry = StaticRegistry()
+    async with Pool(registry, SLOW) as pool:
+        lease = await registry.register(info(context))
+        assert await pool.wait_until(lambda pool: bool(pool.ready("CONTEXT")), 5.0)
+        ready = pool.ready("CONTEXT")
+        [worker] = pool.workers
+        await lease.update(info(context, load={"running": 3.0}))
+        await pool.wait_until(lambda pool: worker.info.load == {"running": 3.0}, 0.2)
+        assert worker.info.load == {"running": 3.0}
+        assert pool.ready("CONTEXT") is ready
+        assert not worker.kick.is_set()
+
+
+async def test_the_place_of_a_process_that_is_gone_takes_nothing(context):
+    """The fake answers as incarnation 1: that is not who was announced here."""
+    old = info(context, worker_id="old", incarnation="0")
+    new = info(context, worker_id="new", incarnation="1")
+    async with Pool(StaticRegistry([old, new]), QUICK) as pool:
+        assert await pool.wait_until(lambda pool: [bool(w.facts) for w in pool.workers] == [True, True], 5.0)
+        assert [worker.state for worker in pool.workers] == ["DOWN", "READY"]
+        assert ids(pool.ready("CONTEXT")) == ["new"]
+
+
+async def test_one_process_under_another_name_stays_in_service(context):
+    class Script(StaticRegistry):
+        def rename(self, old: WorkerInfo, new: WorkerInfo) -> None:
+            self._workers.pop(old.worker_id)
+            self._add(new)
+            self._wake()
+
+    listed, named = info(context, worker_id=context.url), info(context, worker_id="c0-1", incarnation="1")
+    registry = Script([listed])
+    async with Pool(registry, SLOW) as pool:
+        assert await pool.wait_until(lambda pool: bool(pool.ready("CONTEXT")), 5.0)
+        gaps = []
+        registry.rename(listed, named)
+        await pool.wait_until(
+            lambda pool: gaps.append(not pool.ready("CONTEXT")) or "c0-1" in ids(pool.workers), 5.0
+        )
+        assert ids(pool.ready("CONTEXT")) == ["c0-1"]
+        assert gaps
+        assert not any(gaps)
+
+
+async def test_minimal_instances_hold_requests_back_until_they_were_ready_once(
+    context, generation, spare_generation
+):
+    registry = StaticRegistry([info(context), info(generation)])
+    async with Pool(registry, QUICK, minimal=Minimal(generation_servers=2)) as pool:
+        gate = StartGate(pool, is_open=False)
+        assert await pool.wait_until(
+            lambda pool: missing_roles(pool) == ["GENERATION"] and pool.ready("GENERATION"), 5.0
+        )
+        assert describe_missing(pool) == "1 of 2 generation workers are ready (g0 is READY)"
+        with pytest.raises(Unavailable, match="1 of 2 generation workers") as refused:
+            gate.check()
+        assert refused.value.headers() == {"Retry-After": "1"}
+        lease = await registry.register(info(spare_generation))
+        assert await pool.wait_until(lambda pool: not missing_roles(pool), 5.0)
+        gate.check()
+        await lease.close()
+        assert await pool.wait_until(lambda pool: missing_roles(pool) == ["GENERATION"], 5.0)
+        gate.check()
+
+
+async def test_a_router_keeps_a_registry_when_it_is_told_to(start_router, context):
+    router = await start_router(registry=EmbeddedRegistry(), wait_ready=False)
+    announcement = {"worker_id": "c0", "url": context.url, "role": "CONTEXT"}
+    path = router.url + "/internal/registry/workers"
+    async with router.session.put(f"{path}/c0", json=announcement) as response:
+        assert response.status == 200
+        assert await response.json() == {"heartbeat_interval_s": 5.0}
+    assert await router.pool.wait_until(lambda pool: bool(pool.ready("CONTEXT")), 5.0)
+    async with router.session.get(path) as response:
+        assert [entry["worker_id"] for entry in await response.json()] == ["c0"]
+
+
+async def test_other_routers_have_no_such_routes(start_router, context, generation):
+    router = await start_router(context, generation)
+    async with router.session.get(router.url + "/internal/registry/workers") as response:
+        assert response.status == 404

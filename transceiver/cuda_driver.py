@@ -1,0 +1,82 @@
+"""The few calls of the CUDA driver that torch does not offer: plain allocations and handles that processes share.
+
+Bound to the context that torch uses on one device; any thread may call. Knows nothing of pools.
+"""
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+
+import torch
+
+HANDLE_BYTES = 64
+
+_LAZY_PEER_ACCESS = 1
+
+
+class DriverError(Exception):
+    """A call of the CUDA driver failed. `name` is the driver's: CUDA_ERROR_OUT_OF_MEMORY, for example."""
+
+    def __init__(self, call: str, name: str) -> None:
+        super().__init__(f"{call} failed with {name}")
+        self.name = name
+
+
+class _Handle(ctypes.Structure):
+    _fields_ = (("reserved", ctypes.c_ubyte * HANDLE_BYTES),)
+
+
+class CudaDriver:
+    def __init__(self, device: torch.device) -> None:
+        self._library = ctypes.CDLL("libcuda.so.1")
+        self._library.cuIpcOpenMemHandle_v2.argtypes = [ctypes.c_void_p, _Handle, ctypes.c_uint]
+        torch.zeros(1, device=device)  # makes the context
+        self._context = ctypes.c_void_p()
+        with torch.cuda.device(device):
+            torch.cuda.synchronize()
+            self._call("cuCtxGetCurrent", ctypes.byref(self._context))
+
+    def allocate(self, num_bytes: int) -> int:
+        """An allocation of its own: sharing its handle shares nothing else."""
+        pointer = ctypes.c_uint64()
+        with self._current():
+            self._call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(num_bytes))
+        return pointer.value
+
+    def free(self, pointer: int) -> None:
+        with self._current():
+            self._call("cuMemFree_v2", ctypes.c_uint64(pointer))
+
+    def export(self, pointer: int) -> bytes:
+        """A handle for other processes to the allocation that starts here."""
+        handle = _Handle()
+        with self._current():
+            self._call("cuIpcGetMemHandle", ctypes.byref(handle), ctypes.c_uint64(pointer))
+        return bytes(handle.reserved)
+
+    def open(self, handle: bytes) -> int:
+        """Where another process's allocation is in this one; its GPU need not be visible here."""
+        pointer = ctypes.c_uint64()
+        value = _Handle.from_buffer_copy(handle)
+        with self._current():
+            self._call("cuIpcOpenMemHandle_v2", ctypes.byref(pointer), value, _LAZY_PEER_ACCESS)
+        return pointer.value
+
+    def close(self, pointer: int) -> None:
+        with self._current():
+            self._call("cuIpcCloseMemHandle", ctypes.c_uint64(pointer))
+
+    @contextlib.contextmanager
+    def _current(self) -> Iterator[None]:
+        self._call("cuCtxPushCurrent_v2", self._context)
+        try:
+            yield
+        finally:
+            self._call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+
+    def _call(self, name: str, *arguments: object) -> None:
+        code = getattr(self._library, name)(*arguments)
+        if code:
+            text = ctypes.c_char_p()
+            self._library.cuGetErrorName(code, ctypes.byref(text))
+            raise DriverError(name, (text.value or b"an unknown error").decode())

@@ -1,0 +1,264 @@
+"""Transport between GPUs of one host: the reader's GPU reads the owner's pool through a CUDA IPC handle.
+
+The owner's process takes no part. One kernel on a stream of its own copies scattered blocks, re-slices and
+digests them on the way; the number of its programs is bounded, so that the model goes on computing beside it.
+Whose memory it is, and whether blocks were reused meanwhile, the owner's pool file in host memory tells. Each
+process need see only its own GPU. A mapping is closed when its owner is gone and no copy reads it any more.
+"""
+
+import ctypes
+import logging
+import os
+import threading
+import time
+import weakref
+
+import numpy as np
+import torch
+
+from diptych.errors import ConfigError, TransferError
+from diptych.kernels.block_copy import ALIGN_BYTES, CopyGrid
+from diptych.transceiver.cuda_driver import CudaDriver, DriverError
+from diptych.transceiver.device_pool import NOTE, DevicePool
+from diptych.transceiver.host_region import HostRegion
+from diptych.transceiver.plan import CopyPlan
+from diptych.transceiver.pool import DigestKind, Digests, Generations, KvPool
+from diptych.transceiver.pool_memory import PoolIdentity, PoolView
+from diptych.transceiver.stop import Stop
+from diptych.transceiver.transport import (
+    Landed,
+    TransferState,
+    TransportContext,
+    Unreachable,
+    probe_plan,
+)
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 20e-6
+_PROBE_BYTES = 64 << 20
+_PR_SET_TIMERSLACK = 29
+_TIMER_SLACK_NS = 1000
+
+_REMEDIES = {
+    "CUDA_ERROR_PEER_ACCESS_UNSUPPORTED": "put both workers on GPUs that `nvidia-smi topo -p2p r` shows as OK",
+    "CUDA_ERROR_TOO_MANY_PEERS": "let fewer GPUs exchange KV with this one",
+}
+_REMEDY = "let both workers share the host's IPC and pid namespaces (docker: --ipc=host --pid=host)"
+
+
+class CudaIpcPeer:
+    """Another pool's memory, as this process's GPU addresses it."""
+
+    def __init__(self, view: PoolView, pointer: int) -> None:
+        self.view = view
+        self.pointer = pointer
+        self.reason = "both GPUs are on this host"
+
+
+class CudaIpcTransfer:
+    """One kernel launch: it cannot be stopped, so an abort takes effect when it is done, milliseconds later."""
+
+    def __init__(
+        self,
+        peer: CudaIpcPeer,
+        destination: torch.Tensor,
+        stream: torch.cuda.Stream,
+        plan: CopyPlan,
+        stop: Stop,
+        *,
+        num_programs: int,
+        digest: bool,
+    ) -> None:
+        self._peer = peer  # keeps its memory mapped
+        self._destination = destination
+        self._stream = stream
+        self._plan = plan
+        self._stop = stop
+        self._num_programs = num_programs
+        self._digest = digest
+        self.state = TransferState.RUNNING
+        self.bytes = 0
+        self.seconds = 0.0
+        self.generations: Generations = np.empty(0, np.uint64)
+        self.digests: Digests | None = None
+
+    def wait(self) -> None:
+        started = time.monotonic()
+        try:
+            self._copy()
+            self._stop.check()
+            self.generations = self._peer.view.generations[self._plan.source_blocks]
+        except TransferError:
+            self.state = TransferState.ABORTED if self._stop.aborted else TransferState.FAILED
+            raise
+        finally:
+            self.seconds = time.monotonic() - started
+        self.bytes = self._plan.num_bytes
+        self.state = TransferState.DONE
+
+    def abort(self) -> None:
+        self._stop.abort()
+
+    def _copy(self) -> None:
+        from diptych.kernels.block_copy_triton import Address, launch_copy
+
+        self._stop.check()
+        try:
+            with torch.cuda.device(self._destination.device), torch.cuda.stream(self._stream):
+                found, numbers = launch_copy(
+                    Address(self._peer.pointer),
+                    self._destination,
+                    grid_of(self._plan),
+                    num_programs=self._num_programs,
+                    digest=self._digest,
+                )
+                digests = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+                digests.copy_(found, non_blocking=True)
+                done = torch.cuda.Event()
+                done.record(self._stream)
+            self._settle(done)
+            del numbers
+        except RuntimeError as error:
+            raise TransferError(f"the copy on the GPU failed: {error}", code="internal") from error
+        if self._digest:
+            self.digests = digests.numpy().view(np.uint64)
+
+    def _settle(self, done: torch.cuda.Event) -> None:
+        """Until the GPU writes no more. No deadline: what it may still write to is nobody else's before that."""
+        while not done.query():
+            time.sleep(_POLL_S)
+
+
+class CudaIpcTransport:
+    name = "cuda_ipc"
+
+    def __init__(self, context: TransportContext) -> None:
+        self._num_programs = context.copy_programs
+        self._memory: DevicePool | None = None
+        self._stream: torch.cuda.Stream | None = None
+        self._lock = threading.Lock()
+        self._peers: dict[bytes, CudaIpcPeer] = {}  # by descriptor
+
+    def register(self, memory: KvPool) -> bytes:
+        if not isinstance(memory, DevicePool):
+            raise ConfigError("KV transport cuda_ipc copies between pools on GPUs, and this pool is not")
+        self._memory = memory
+        self._stream = torch.cuda.Stream(memory.device)
+        self._compile(memory)
+        return HostRegion.of(memory).encode()
+
+    def connect(self, descriptor: bytes, stop: Stop) -> CudaIpcPeer:
+        assert self._memory is not None, "connect before register"
+        region = HostRegion.decode(descriptor)
+        with self._lock:
+            peer = self._peers.get(descriptor)
+            if peer is None:
+                peer = self._peers[descriptor] = _open(region, self._memory.driver)
+            return peer
+
+    def start(
+        self,
+        peer: CudaIpcPeer,
+        plan: CopyPlan,
+        stop: Stop,
+        landed: Landed,
+        digest_kind: DigestKind | None,
+    ) -> CudaIpcTransfer:
+        assert self._memory is not None, "start before register"
+        plan.require_within(
+            source_blocks=peer.view.identity.num_blocks,
+            destination_blocks=self._memory.identity.num_blocks,
+        )
+        if not grid_of(plan).is_aligned:
+            raise Unreachable(f"its blocks would be cut into pieces that are no multiple of {ALIGN_BYTES} bytes")
+        _sharpen_timer()
+        return self._transfer(peer, self._memory.tensor, plan, stop, digest=digest_kind is not None)
+
+    def measure(self, peer: CudaIpcPeer, stop: Stop) -> float:
+        assert self._memory is not None, "measure before register"
+        plan = probe_plan(peer.view.identity, _PROBE_BYTES)
+        scratch = torch.empty(plan.num_bytes, dtype=torch.uint8, device=self._memory.device)
+        _sharpen_timer()
+        best = 0.0
+        for _ in range(3):  # the first one pays for page tables
+            transfer = self._transfer(peer, scratch, plan, stop, digest=False)
+            transfer.wait()
+            best = max(best, transfer.bytes / transfer.seconds / 1e9)
+        return best
+
+    def forget(self, incarnation: str) -> None:
+        with self._lock:
+            for descriptor, peer in list(self._peers.items()):
+                if peer.view.identity.incarnation == incarnation:
+                    del self._peers[descriptor]
+
+    def close(self) -> None:
+        with self._lock:
+            self._peers.clear()
+
+    def _transfer(
+        self, peer: CudaIpcPeer, destination: torch.Tensor, plan: CopyPlan, stop: Stop, *, digest: bool
+    ) -> CudaIpcTransfer:
+        assert self._stream is not None
+        return CudaIpcTransfer(
+            peer,
+            destination.view(-1),
+            self._stream,
+            plan,
+            stop,
+            num_programs=self._num_programs,
+            digest=digest,
+        )
+
+    def _compile(self, memory: DevicePool) -> None:
+        """The kernel of the usual case, now: compiling it in the first fetch would take a second of that."""
+        block_bytes = memory.identity.block_bytes
+        pair = torch.zeros(2, block_bytes, dtype=torch.uint8, device=memory.device)
+        identity = PoolIdentity(incarnation="", fingerprint="", num_blocks=1, block_bytes=block_bytes)
+        peer = CudaIpcPeer(memory, pair[1].data_ptr())
+        for digest in (True, False):
+            self._transfer(peer, pair[0], probe_plan(identity, 1), Stop(60.0), digest=digest).wait()
+
+
+def grid_of(plan: CopyPlan) -> CopyGrid:
+    return CopyGrid(
+        row_source=plan.row_source,
+        row_destination=plan.row_destination,
+        row_inside=plan.row_source % plan.source_block_bytes,
+        row_block=plan.row_block,
+        cell_source=plan.cell_source,
+        cell_destination=plan.cell_destination,
+        length=plan.length,
+        num_blocks=len(plan.source_blocks),
+    )
+
+
+def _open(region: HostRegion, driver: CudaDriver) -> CudaIpcPeer:
+    view = region.open()
+    if not view.identity.on_device:
+        raise Unreachable("its pool is in host memory")
+    handle, pointer = NOTE.unpack_from(view.note)
+    if region.pid == os.getpid():  # a handle cannot be opened where it was made, and need not be
+        return CudaIpcPeer(view, pointer)
+    try:
+        pointer = driver.open(handle)
+    except DriverError as error:
+        remedy = _REMEDIES.get(error.name, _REMEDY)
+        raise Unreachable(f"its GPU memory cannot be opened: {error}", remedy=remedy) from error
+    peer = CudaIpcPeer(view, pointer)
+    # The transport and every running transfer hold the peer, so this comes after the last copy.
+    weakref.finalize(peer, _close, driver, pointer).atexit = False
+    return peer
+
+
+def _close(driver: CudaDriver, pointer: int) -> None:
+    try:
+        driver.close(pointer)
+    except DriverError as error:
+        log.debug("a peer's GPU memory was gone before it was closed: %s", error)
+
+
+def _sharpen_timer() -> None:
+    """This thread's short sleeps last as long as they say, not 50 microseconds more."""
+    ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, _TIMER_SLACK_NS, 0, 0, 0)
