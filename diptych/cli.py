@@ -108,6 +108,7 @@ def serve(model: str, **options: Any) -> None:
 @option("--request_timeout", "-r", type=click.FloatRange(min=0, min_open=True), help="Seconds [180].")
 @option("--schedule_style", "-s", type=click.Choice(["context_first", "generation_first"]))
 @option("--metrics_log_interval", type=int, help="Accepted, no effect: see /prometheus/metrics.")
+@option("--api_key", multiple=True, help="A key that clients must show; may be given several times [none].")
 @option("--listen_fd", type=click.IntRange(min=0), hidden=True)
 @log_level("--log_level", "-l")
 def disaggregated(config_file: str, **options: Any) -> None:
@@ -121,6 +122,8 @@ def disaggregated(config_file: str, **options: Any) -> None:
     from diptych.listen import open_listener
 
     given.pop("metrics_log_interval", None)
+    if api_keys := given.pop("api_key", ()):
+        given["api_keys"] = list(api_keys)
     for ours, theirs in (
         ("request_timeout_s", "request_timeout"),
         ("server_start_timeout_s", "server_start_timeout"),

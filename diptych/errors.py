@@ -2,6 +2,7 @@
 
     DiptychError                       500  internal_error
     ├── Unauthorized                   401  authentication_error    WWW-Authenticate
+    ├── Forbidden                      403  permission_error
     ├── InvalidRequest                 400  invalid_request_error
     │   ├── ContextLengthExceeded      400  (code context_length_exceeded)
     │   ├── ModelNotFound              404  (code model_not_found)
@@ -62,6 +63,12 @@ class Unauthorized(DiptychError):
 
     def headers(self) -> dict[str, str]:
         return {**super().headers(), "WWW-Authenticate": "Bearer"}
+
+
+class Forbidden(DiptychError):
+    status = 403
+    type = "permission_error"
+    default_code = "forbidden"
 
 
 class InvalidRequest(DiptychError):
@@ -151,6 +158,7 @@ def from_wire(status: int, error: dict[str, Any]) -> DiptychError:
 _LEAVES: tuple[type[DiptychError], ...] = (
     DiptychError,
     Unauthorized,
+    Forbidden,
     InvalidRequest,
     ContextLengthExceeded,
     NotFound,

@@ -1,6 +1,6 @@
-"""Who may use internal routes: registry writes and drain.
+"""Who may use internal routes: legs and what belongs to them, registry writes, drain.
 
-With a cluster secret: who shows it. Without one: who is on this machine.
+With a cluster secret: who shows it. Without one: everybody for the legs, and who is on this machine for the rest.
 """
 
 import hmac
@@ -8,16 +8,10 @@ import ipaddress
 import os
 from collections.abc import Mapping
 
-from diptych.errors import DiptychError
+from diptych.errors import Forbidden
 
 HEADER = "X-Diptych-Cluster-Secret"
 VARIABLE = "DIPTYCH_CLUSTER_SECRET"
-
-
-class Forbidden(DiptychError):
-    status = 403
-    type = "permission_error"
-    default_code = "forbidden"
 
 
 class ClusterTrust:
@@ -32,13 +26,22 @@ class ClusterTrust:
         """What our own requests to internal routes carry."""
         return {} if self._secret is None else {HEADER: self._secret}
 
+    @property
+    def secret(self) -> str | None:
+        return self._secret
+
+    def check_secret(self, headers: Mapping[str, str]) -> None:
+        """Raises Forbidden when a secret is set and not shown. For what other machines use without one, too."""
+        if self._secret is None:
+            return
+        shown = headers.get(HEADER, "")
+        if not hmac.compare_digest(shown.encode("utf-8", "surrogateescape"), self._secret.encode()):
+            raise Forbidden(f"This needs the cluster's secret in the header {HEADER}.")
+
     def check(self, remote: str | None, headers: Mapping[str, str]) -> None:
         """Raises Forbidden. `remote`: the peer's address."""
-        if self._secret is not None:
-            shown = headers.get(HEADER, "")
-            if not hmac.compare_digest(shown.encode(), self._secret.encode()):
-                raise Forbidden(f"This route needs the cluster's secret in the header {HEADER}.")
-        elif not _is_local(remote):
+        self.check_secret(headers)
+        if self._secret is None and not _is_local(remote):
             raise Forbidden(
                 f"This route is for this machine only, not for {remote}, until a cluster secret is set "
                 f"(cluster_secret in the YAML or the environment's {VARIABLE})."

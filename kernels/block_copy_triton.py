@@ -28,7 +28,7 @@ _THIRD = tl.constexpr(KEY_MULTIPLIERS[2])
 
 
 @triton.jit
-def _terms(words, positions):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+def _terms(words, positions):
     bits = words.to(tl.uint64, bitcast=True)
     mixed = positions.to(tl.uint32) * _FIRST
     mixed = mixed ^ (mixed >> 15)
@@ -38,16 +38,16 @@ def _terms(words, positions):  # type: ignore[no-untyped-def] # noqa: ANN001, AN
 
 
 @triton.jit
-def _move(  # type: ignore[no-untyped-def] # noqa: ANN202
-    source,  # noqa: ANN001
-    destination,  # noqa: ANN001
-    grid,  # noqa: ANN001
-    digests,  # noqa: ANN001
-    num_rows,  # noqa: ANN001
-    num_cells,  # noqa: ANN001
-    tiles_in_cell,  # noqa: ANN001
-    tiles_in_share,  # noqa: ANN001
-    shares_in_row,  # noqa: ANN001
+def _move(
+    source,
+    destination,
+    grid,
+    digests,
+    num_rows,
+    num_cells,
+    tiles_in_cell,
+    tiles_in_share,
+    shares_in_row,
     TILE: tl.constexpr,  # words that are contiguous on both sides
     SPANS: tl.constexpr,  # such tiles in one burst
     COPY: tl.constexpr,

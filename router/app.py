@@ -37,6 +37,7 @@ def create_app(routes: Iterable[web.RouteDef], keys: ApiKeys, *, max_body_bytes:
 
 async def _close_after(request: web.Request, response: web.StreamResponse) -> None:
     response.force_close()
+    response.headers["Connection"] = "close"  # aiohttp has written its headers before it asks us
 
 
 async def _nothing_here(request: web.Request) -> web.Response:

@@ -1,6 +1,8 @@
 """How many requests one router process lets run: what the configuration says, or what the workers can use."""
 
-from diptych.router.pool import Pool
+from collections.abc import Sequence
+
+from diptych.router.pool import Pool, WorkerView
 
 _DEPTH = (
     2  # batches for each generation worker: one that runs, one that waits there so that no step has a gap
@@ -15,18 +17,23 @@ class Capacity:
         self._pool = pool
         self._configured = configured
         self._num_processes = num_processes
+        self._workers: Sequence[WorkerView] | None = None  # that the limit was computed for
+        self._limit = 1
 
     def limit(self) -> int:
-        total = self._configured
-        if total is None:
-            total = _DEPTH * sum(
-                _UNKNOWN_BATCH if worker.facts is None else worker.facts.max_batch_size or _UNKNOWN_BATCH
-                for worker in self._pool.ready("GENERATION")
-            )
-        return max(1, -(-(total or _UNKNOWN_BATCH) // self._num_processes))
+        workers = self._pool.ready("GENERATION")
+        if workers is not self._workers:
+            self._workers = workers
+            total = self._configured or _DEPTH * sum(map(_batch_of, workers)) or _UNKNOWN_BATCH
+            self._limit = max(1, -(-total // self._num_processes))
+        return self._limit
 
     def max_waiting(self, configured: int | None) -> int:
         """`configured`: of all processes together; None: in proportion to how many run, or to the usual worker."""
         if configured is None:
             configured = _WAITING * (self._configured or _DEPTH * _UNKNOWN_BATCH)
         return -(-configured // self._num_processes)
+
+
+def _batch_of(worker: WorkerView) -> int:
+    return (worker.facts.max_batch_size if worker.facts is not None else None) or _UNKNOWN_BATCH

@@ -15,6 +15,7 @@ from diptych.router.deadline import within
 from diptych.router.exchange import Connection, Exchange, Reply
 from diptych.router.http1 import build_request
 from diptych.router.settings import Limits
+from diptych.router.wheel import Wheel
 
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
@@ -25,11 +26,13 @@ class WorkerClient:
     def __init__(self, url: str, limits: Limits, headers: Mapping[str, str] = NO_HEADERS) -> None:
         """`headers`: of every request."""
         self._address = parse_address(url)
+        self._netloc = self._address.netloc
         self._headers = "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode()
         self.url = self._address.url
         self.limits = limits
         # Kept here because asking for it costs a system call each time before Python 3.12.
         self.loop = asyncio.get_running_loop()
+        self.wheel = Wheel(self.loop)
         self.connections: set[Connection] = set()
         self._idle: deque[Connection] = deque()
         self._closed = False
@@ -39,7 +42,7 @@ class WorkerClient:
     ) -> Exchange:
         """`deadline` is the monotonic time at which the exchange fails, wherever it is then."""
         lines = self._headers + headers
-        return Exchange(self, build_request(method, path, self._address.netloc, lines, body), deadline)
+        return Exchange(self, build_request(method, path, self._netloc, lines, body), deadline)
 
     async def request(
         self, method: str, path: str, *, deadline: float, headers: bytes = b"", body: bytes = b""

@@ -171,8 +171,8 @@ class Downstream:
         line = _STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status
         if content_type is not None:
             framing += b"Content-Type: %b\r\n" % content_type
-        if self._timings:
-            self.set_header("Server-Timing", ", ".join(self._timings))
+        if self._timings:  # ours, and workers' heads, which have no controls
+            self._headers += f"Server-Timing: {', '.join(self._timings)}\r\n".encode("latin-1", "replace")
         if not self.keep_alive:
             framing += b"Connection: close\r\n"
         return b"%b%b%b%b\r\n" % (line, self._wire.date_line, framing, self._headers)

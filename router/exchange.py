@@ -2,7 +2,7 @@
 
 Leaving an exchange early closes its connection, which is how a leg is cancelled. The body is either read
 whole or relayed: then every read goes from the worker's socket to the sink inside `data_received`, and no
-task wakes. Every wait has a deadline, kept by one timer for each exchange. Knows nothing of legs or JSON.
+task wakes. Every wait has a deadline, kept by the wheel of the client. Knows nothing of legs or JSON.
 
 An exchange that is given a `journal` before it is entered puts the worker's journal lines there: when it
 raises, they are exactly of what was read or relayed. `journal` is None again when the worker keeps none.
@@ -18,6 +18,7 @@ from diptych.journal import HEADER
 from diptych.router.deadline import within
 from diptych.router.http1 import MAX_HEAD_BYTES, Body, ChunkedBody, Head, MalformedResponse
 from diptych.router.settings import Limits
+from diptych.router.wheel import Bucket, Wheel
 
 _JOURNAL_HEADER = HEADER.lower().encode()
 
@@ -51,6 +52,8 @@ class Connections(Protocol):
     def limits(self) -> Limits: ...
     @property
     def loop(self) -> asyncio.AbstractEventLoop: ...
+    @property
+    def wheel(self) -> Wheel: ...
 
     def take_idle(self) -> "Connection | None":
         """A kept connection, which the worker may have closed meanwhile."""
@@ -104,6 +107,7 @@ class Exchange:
     """
 
     __slots__ = (
+        "_alarm",
         "_body",
         "_client",
         "_connection",
@@ -117,7 +121,6 @@ class Exchange:
         "_paused",
         "_reused",
         "_sink",
-        "_timer",
         "_waiter",
         "head",
         "journal",
@@ -141,7 +144,7 @@ class Exchange:
         self._finished = False
         self._error: DiptychError | None = None
         self.last_read = 0.0
-        self._timer: asyncio.TimerHandle | None = None
+        self._alarm: Bucket | None = None  # what keeps the deadline
         self._waiter: asyncio.Future[None] | None = None
         self.journal: bytearray | None = None
 
@@ -215,7 +218,7 @@ class Exchange:
             raise WorkerLost(f"The worker at {self._client.url} closed the connection at once.")
         self._connection, self._reused = connection, reused
         connection.exchange = self
-        self._arm_timer(time.monotonic() + self._client.limits.idle_s)
+        self._set_alarm(time.monotonic() + self._client.limits.idle_s)
         connection.transport.write(self._message)
 
     async def _wait_for_head(self) -> None:
@@ -311,22 +314,20 @@ class Exchange:
         if self._connection is not None and self._connection.transport is not None:
             self._connection.transport.resume_reading()
 
-    def _arm_timer(self, due: float) -> None:
-        # By delay: uvloop's own clock is the monotonic one as well, but in whole milliseconds.
-        delay_s = min(due, self._deadline) - time.monotonic()
-        self._timer = self._loop.call_later(max(0.0, delay_s), self._check_time)
+    def _set_alarm(self, due: float) -> None:
+        self._alarm = self._client.wheel.add(self, min(due, self._deadline))
 
-    def _check_time(self) -> None:
+    def on_time(self) -> None:
         now = time.monotonic()
         idle_s = self._client.limits.idle_s
         if now >= self._deadline:
             self.fail(self._too_late())
         elif self._body is None or self._paused:  # computing, or waiting for a slow client: not idle
-            self._arm_timer(now + idle_s)
+            self._set_alarm(now + idle_s)
         elif now >= self.last_read + idle_s:
             self.fail(DeadlineExceeded(f"The worker at {self._client.url} sent nothing for {idle_s:g} s."))
         else:
-            self._arm_timer(self.last_read + idle_s)
+            self._set_alarm(self.last_read + idle_s)
 
     def _too_late(self) -> DeadlineExceeded:
         return DeadlineExceeded(f"The worker at {self._client.url} did not finish before the deadline.")
@@ -355,9 +356,9 @@ class Exchange:
             connection.abort()
 
     def _detach(self) -> Connection | None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        if self._alarm is not None:
+            self._alarm.discard(self)
+            self._alarm = None
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.exchange = None

@@ -157,6 +157,8 @@ class Processes(Generic[Settings]):
                 return False
 
     def _stop(self) -> None:
+        for listener in self._listeners:
+            listener.close()
         processes = self._current + self._leaving
         for process in processes:
             process.terminate()

@@ -8,6 +8,9 @@ import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from http import HTTPStatus
+from typing import TypeVar, overload
+
+T = TypeVar("T")
 
 MAX_HEAD_BYTES = 64 * 1024
 
@@ -59,6 +62,15 @@ class RequestHead(Mapping[str, str]):
         if value is None:
             raise KeyError(name)
         return value.decode("latin-1")
+
+    @overload
+    def get(self, name: str, /) -> str | None: ...
+    @overload
+    def get(self, name: str, /, default: str | T) -> str | T: ...
+    def get(self, name: str, /, default: str | T | None = None) -> str | T | None:
+        """Without the exception that a Mapping's own costs for what is not there."""
+        value = self._bytes(_needle(name))
+        return default if value is None else value.decode("latin-1")
 
     def __iter__(self) -> Iterator[str]:
         for line in self._lower.split(b"\r\n")[1:]:

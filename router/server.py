@@ -19,6 +19,7 @@ from diptych.router.processes import Processes, Share
 from diptych.router.router import Router
 from diptych.router.settings import Limits, RouterSettings
 
+_GC_THRESHOLDS = (20_000, 20, 20)  # requests leave hardly any cycles behind
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _log = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ async def _route(
 
 def _run_loop(main: Coroutine[Any, Any, None]) -> None:
     gc.freeze()  # modules are for ever: no reason to walk them in each full collection
+    gc.set_threshold(*_GC_THRESHOLDS)
     if importlib.util.find_spec("uvloop") is None:
         asyncio.run(main)
     else:

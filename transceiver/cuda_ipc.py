@@ -171,7 +171,9 @@ class CudaIpcTransport:
             destination_blocks=self._memory.identity.num_blocks,
         )
         if not grid_of(plan).is_aligned:
-            raise Unreachable(f"its blocks would be cut into pieces that are no multiple of {ALIGN_BYTES} bytes")
+            raise Unreachable(
+                f"its blocks would be cut into pieces that are no multiple of {ALIGN_BYTES} bytes"
+            )
         _sharpen_timer()
         return self._transfer(peer, self._memory.tensor, plan, stop, digest=digest_kind is not None)
 
@@ -238,7 +240,7 @@ def _open(region: HostRegion, driver: CudaDriver) -> CudaIpcPeer:
     view = region.open()
     if not view.identity.on_device:
         raise Unreachable("its pool is in host memory")
-    handle, pointer = NOTE.unpack_from(view.note)
+    handle, pointer = NOTE.unpack_from(view.note.data)
     if region.pid == os.getpid():  # a handle cannot be opened where it was made, and need not be
         return CudaIpcPeer(view, pointer)
     try:

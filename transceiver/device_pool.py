@@ -41,7 +41,7 @@ class DevicePool(PoolView):
         self.tensor = tensor
         self.pointer: int = tensor.data_ptr()
         # In the pool file, not in tickets: only the owner itself can say where its memory is.
-        NOTE.pack_into(self.note, 0, driver.export(self.pointer), self.pointer)
+        NOTE.pack_into(self.note.data, 0, driver.export(self.pointer), self.pointer)
         self._stream = torch.cuda.Stream(tensor.device)
         self._lock = threading.Lock()
         self._open = True
@@ -79,7 +79,12 @@ class DevicePool(PoolView):
         os.close(self.fd)
         self._open = False
         self.tensor = torch.empty(0, self.identity.block_bytes, dtype=torch.uint8)
-        self.generations = np.empty(0, np.uint64)
+        self.data, self.note, self.generations = (
+            np.empty(0, np.uint8),
+            np.empty(0, np.uint8),
+            np.empty(0, np.uint64),
+        )
+        self.blocks = self.data.reshape(0, self.identity.block_bytes)
 
 
 class _Allocation:

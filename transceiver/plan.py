@@ -179,9 +179,7 @@ def _plan_cut(
     )
 
 
-def _cells(
-    source: KvLayout, destination: KvLayout, part: Part, run: int
-) -> tuple[Int64s, Int64s, int]:
+def _cells(source: KvLayout, destination: KvLayout, part: Part, run: int) -> tuple[Int64s, Int64s, int]:
     """Where the part's pieces lie inside a block of each side, and how long a piece is."""
     length = run * source.head_dim * source.item_bytes
     # Whole tiles of neighbouring heads lie side by side; with all heads, K and V and the layers do too.

@@ -146,7 +146,11 @@ class PoolMemory(PoolView):
             return
         os.close(self.fd)
         self._open = False
-        self.data, self.generations = np.empty(0, np.uint8), np.empty(0, np.uint64)
+        self.data, self.note, self.generations = (
+            np.empty(0, np.uint8),
+            np.empty(0, np.uint8),
+            np.empty(0, np.uint64),
+        )
         self.blocks = self.data.reshape(0, self.identity.block_bytes)
 
 

@@ -68,7 +68,10 @@ class ShmTransfer:
     def _copy(self) -> None:
         source, destination, spans = self._view.data, self._destination, self._spans
         for src, dst, length in zip(
-            spans.source_offset.tolist(), spans.destination_offset.tolist(), spans.length.tolist(), strict=True
+            spans.source_offset.tolist(),
+            spans.destination_offset.tolist(),
+            spans.length.tolist(),
+            strict=True,
         ):
             self._stop.check()
             here = destination[dst : dst + length]

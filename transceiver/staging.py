@@ -94,7 +94,9 @@ class HostInlet:
 
 
 def _slices(data: Bytes, offsets: Int64s, lengths: Int64s) -> list[Bytes]:
-    return [data[start : start + count] for start, count in zip(offsets.tolist(), lengths.tolist(), strict=True)]
+    return [
+        data[start : start + count] for start, count in zip(offsets.tolist(), lengths.tolist(), strict=True)
+    ]
 
 
 def packed(lengths: Int64s) -> list[slice]:

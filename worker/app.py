@@ -219,6 +219,7 @@ async def _perf_metrics(request: web.Request) -> web.Response:
 async def _release(request: web.Request) -> web.Response:
     """Return the blocks of tickets that no generation worker will fetch."""
     service = request.app[SERVICE]
+    service.trust.check_secret(request.headers)
     try:
         wanted = msgspec.json.decode(await request.read(), type=_Release)
     except msgspec.DecodeError:

@@ -120,6 +120,7 @@ def _build(settings: EngineSettings, link: EngineLink) -> "Engine":
             bind_host=settings.transceiver_host,
             lease_s=settings.lease_s,
             timeout_s=settings.kv_transfer_timeout_s,
+            secret=settings.secret,
         ),
         wake=link.wake,
     )

@@ -74,10 +74,24 @@ async def _respond(http: web.Request, kind: Kind) -> web.StreamResponse:
     service.check_ready()
     body = await http.read()
     request = parse_chat(body) if kind == "chat" else parse_completion(body)
+    leg = request.disaggregated_params
+    if leg is not None:
+        service.trust.check_secret(http.headers)
     service.check_model(request.model)
+    with service.place(is_second_leg=leg is not None and leg.request_type == "generation_only"):
+        return await _run(http, service, request, kind, timeline)
+
+
+async def _run(
+    http: web.Request,
+    service: WorkerService,
+    request: CompletionRequest | ChatRequest,
+    kind: Kind,
+    timeline: Timeline,
+) -> web.StreamResponse:
+    leg = request.disaggregated_params
     prompts = await _tokenize(service, request)
     timeline.mark("tokenize")
-    leg = request.disaggregated_params
     head = new_head(
         kind,
         service.config.model_name,
@@ -95,7 +109,6 @@ async def _respond(http: web.Request, kind: Kind) -> web.StreamResponse:
         timeout_s=_timeout_s(http),
         journaled=request.stream and http.headers.get(journal.HEADER) == "1",
     )
-    service.open_requests += 1
     try:
         job.start()
         if request.stream and not job.is_context_leg:
@@ -105,7 +118,6 @@ async def _respond(http: web.Request, kind: Kind) -> web.StreamResponse:
             _note_tickets(http, job, request)
         return response
     finally:
-        service.open_requests -= 1
         job.close()
 
 

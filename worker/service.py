@@ -6,12 +6,14 @@ import secrets
 import socket
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from diptych import __version__, block_hash
 from diptych.config import Hardware, LlmConfig, resolve_limits
-from diptych.errors import ModelNotFound, Unavailable
+from diptych.errors import ModelNotFound, Overloaded, Unavailable
 from diptych.model_source import resolve_model
 from diptych.text import Tokenizer
 from diptych.trust import ClusterTrust
@@ -28,6 +30,7 @@ log = logging.getLogger(__name__)
 _TRANSPORTS: dict[str, tuple[str, ...]] = {"SHM": ("shm",), "TCP": ("tcp",), "DEFAULT": ("shm", "tcp")}
 _PERF_RING = 1000
 _ITERATION_RING = 1000
+_NEWEST = 0.1  # weight of the newest request in the usual duration
 _QUIET_S = 0.3  # the engine's statistics may be 0.1 s old
 
 
@@ -45,6 +48,8 @@ class WorkerService:
         self.perf: deque[dict[str, Any]] = deque(maxlen=config.perf_metrics_max_requests or _PERF_RING)
         self.iterations: deque[dict[str, Any]] = deque(maxlen=_ITERATION_RING)
         self.open_requests = 0
+        self._max_batch_size = 0
+        self._usual_s = 1.0  # how long a request takes
         self.handed_out = HandedOut()
         self._engine: EngineClient | None = None
         self._tokenizer: Tokenizer | None = None
@@ -57,6 +62,7 @@ class WorkerService:
         hardware = detect(self.config)
         limits = resolve_limits(self.config, hardware)
         log.info("%s: %s", self.config.model_name, limits)
+        self._max_batch_size = limits.max_batch_size
         path = await asyncio.to_thread(resolve_model, self.config.model, self.config.revision)
         self._engine = EngineClient(self._settings(path, hardware))
         self._engine.on_iteration = self._keep_iteration
@@ -153,6 +159,22 @@ class WorkerService:
         if not self.engine.is_alive:
             raise Unavailable("the engine process has ended", code="worker_lost", retry_after_s=5)
 
+    @contextmanager
+    def place(self, *, is_second_leg: bool) -> Iterator[None]:
+        """A request's place here, if there is one. A second leg may wait in a longer line: half of it is done."""
+        waiting = self.open_requests - self._max_batch_size
+        if waiting >= self.config.max_queue_size * (2 if is_second_leg else 1):
+            raise Overloaded(
+                f"{waiting} requests wait here already", retry_after_s=waiting / self._max_batch_size * self._usual_s
+            )
+        started = time.monotonic()
+        self.open_requests += 1
+        try:
+            yield
+            self._usual_s += _NEWEST * (time.monotonic() - started - self._usual_s)
+        finally:
+            self.open_requests -= 1
+
     @property
     def is_loaded(self) -> bool:
         return self._engine is not None and self._engine.ready is not None
@@ -187,6 +209,7 @@ class WorkerService:
             "layout": self.layout,
             "kernel": ready.kernel if ready else "",
             "max_seq_len": ready.max_seq_len if ready else 0,
+            "max_batch_size": self._max_batch_size,
             "tokens_per_block": self.config.kv_cache_config.tokens_per_block,
             "kv_cache_hash_algo": block_hash.ALGORITHM,
             "load": {"running": stats.running + stats.fetching, "waiting": stats.waiting},
@@ -249,6 +272,7 @@ class WorkerService:
             capacity_policy=config.scheduler_config.capacity_scheduler_policy,
             transports=_TRANSPORTS.get(backend, _TRANSPORTS["DEFAULT"]),
             transceiver_host=config.host,
+            secret=self.trust.secret,
             kv_transfer_timeout_s=60.0 if timeout_ms is None else timeout_ms / 1000,
             iteration_stats=config.enable_iter_perf_stats,
             log_level=config.log_level,

@@ -24,6 +24,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     capacity_policy: CapacityPolicy = "GUARANTEED_NO_EVICT"
     transports: tuple[str, ...] = ("shm", "tcp")
     transceiver_host: str = "127.0.0.1"
+    secret: str | None = None  # of the cluster; the KV channel proves it
     kv_transfer_timeout_s: float = 60.0
     lease_s: float = 30.0
     iteration_stats: bool = False

@@ -82,6 +82,7 @@ class LlmConfig:
     cluster_secret: str | None = field(default=None, repr=False)
     drain_timeout_s: PositiveFloat = 60.0
     # Limits of the HTTP side.
+    max_queue_size: PositiveInt = 1024  # requests that wait beside those that run
     max_body_bytes: PositiveInt = 64 * 2**20
 
     @property

@@ -2,7 +2,8 @@
 
 import pytest
 
-from diptych.trust import HEADER, ClusterTrust, Forbidden
+from diptych.errors import Forbidden
+from diptych.trust import HEADER, ClusterTrust
 
 HERE = ["127.0.0.1", "127.8.9.1", "::1", "::ffff:127.0.0.1"]
 ELSEWHERE = ["10.0.0.1", "::ffff:10.0.0.1", "fe80::1%eth0", "", None, "somewhere"]

@@ -85,4 +85,4 @@ async def test_port_in_use_is_one_sentence(context, generation):
         async with router_process(context, generation, port=port) as process:
             _, errors = await asyncio.wait_for(process.communicate(), 20)
     assert process.returncode == 1
-    assert f"Cannot listen on 127.0.0.1:{port}" in errors.decode()
+    assert f"cannot listen on 127.0.0.1:{port}: the port is in use" in errors.decode()

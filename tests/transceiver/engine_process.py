@@ -6,21 +6,18 @@ import select
 import sys
 import time
 
-import numpy as np
-from kv_nodes import LAYOUTS, fill
+from kv_nodes import LAYOUTS, after, fill, landings, make_pool
 
-from diptych.transceiver.digest import LandedDigests
-from diptych.transceiver.pool_memory import PoolMemory
 from diptych.transceiver.settings import LeaseEnded, TransceiverSettings
 from diptych.transceiver.transceiver import Transceiver
 
 
 def main(layout_name: str, num_blocks: str, seed: str, settings: str) -> None:
     layout = LAYOUTS[layout_name]
-    memory = PoolMemory.create(layout, int(num_blocks), f"process-{os.getpid()}")
+    options = json.loads(settings)
+    memory = make_pool(layout, int(num_blocks), f"process-{os.getpid()}", options.pop("device", "cpu"))
     fill(memory, int(seed))
     bell = os.eventfd(0)
-    options = json.loads(settings)
     options["backends"] = tuple(options["backends"])
     transceiver = Transceiver(
         memory, layout, TransceiverSettings(**options), wake=lambda: os.eventfd_write(bell, 1)
@@ -46,11 +43,12 @@ def main(layout_name: str, num_blocks: str, seed: str, settings: str) -> None:
 
 
 def hold_after_first_piece() -> None:
-    def held(digests: LandedDigests, offset: int, data: np.ndarray) -> None:
+    def hold() -> None:
         say(halfway=True)
         time.sleep(60)  # to be killed in
 
-    LandedDigests.landed = held
+    for owner, name in landings():
+        setattr(owner, name, after(getattr(owner, name), hold))
 
 
 def say(**message: object) -> None:

@@ -17,6 +17,7 @@ import pytest
 from diptych.kv_layout import KvLayout
 from diptych.transceiver import ticket as tickets
 from diptych.transceiver.digest import LandedDigests
+from diptych.transceiver.pool import KvPool
 from diptych.transceiver.pool_memory import PoolMemory
 from diptych.transceiver.settings import FetchDone, FetchFailed, LeaseEnded, TransceiverSettings
 from diptych.transceiver.transceiver import Transceiver
@@ -26,11 +27,59 @@ LAYOUT = KvLayout(num_layers=2, num_kv_heads=2, head_dim=16, tokens_per_block=8,
 WIDE = KvLayout(num_layers=4, num_kv_heads=4, head_dim=128, tokens_per_block=128, model="wide")
 LAYOUTS = {"tiny": LAYOUT, "wide": WIDE}
 PATIENCE_S = 15.0
+HAS_GPU = Path("/dev/nvidiactl").exists()
 
 
-def fill(memory: PoolMemory, seed: int) -> None:
-    words = memory.data.view(np.uint64)
-    words[:] = np.random.default_rng(seed).integers(0, 2**64, len(words), np.uint64)
+class Way(str):
+    """A transport's name, and where the pools of its test are."""
+
+    device = "cpu"
+
+    @classmethod
+    def on_gpu(cls, name: str) -> "Way":
+        way = cls(name)
+        way.device = "cuda"
+        return way
+
+
+def make_pool(layout: KvLayout, num_blocks: int, incarnation: str, device: str) -> KvPool:
+    if device == "cpu":
+        return PoolMemory.create(layout, num_blocks, incarnation)
+    import torch
+
+    from diptych.transceiver.device_pool import DevicePool
+
+    return DevicePool.create(layout, num_blocks, incarnation, torch.device("cuda", 0))
+
+
+def fill(memory: KvPool, seed: int) -> None:
+    num_words = memory.identity.num_blocks * memory.identity.block_bytes // 8
+    words = np.random.default_rng(seed).integers(0, 2**64, num_words, np.uint64)
+    blocks_of(memory)[:] = words.view(np.uint8).reshape(memory.identity.num_blocks, -1)
+
+
+def blocks_of(memory: KvPool):
+    """`[num_blocks, block_bytes]`, to be read and written as a numpy array wherever it is."""
+    return memory.blocks if isinstance(memory, PoolMemory) else DeviceBlocks(memory.tensor)
+
+
+class DeviceBlocks:
+    def __init__(self, tensor) -> None:
+        self._tensor = tensor
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return self._tensor.cpu().numpy()
+
+    def __getitem__(self, key):
+        return np.asarray(self)[key]
+
+    def __setitem__(self, key, value) -> None:
+        import torch
+
+        blocks = np.asarray(self)
+        blocks[key] = value
+        self._tensor.copy_(torch.from_numpy(blocks))
+        torch.cuda.synchronize()
 
 
 class Node:
@@ -45,7 +94,10 @@ class Node:
         clock=time.monotonic,
         **settings,
     ):
-        self.memory = PoolMemory.create(layout, num_blocks, f"incarnation-{seed}-{os.urandom(4).hex()}")
+        devices = {way.device for way in settings.get("backends", ()) if isinstance(way, Way)} or {"cpu"}
+        self.memory = make_pool(
+            layout, num_blocks, f"incarnation-{seed}-{os.urandom(4).hex()}", devices.pop()
+        )
         fill(self.memory, seed)
         self._bell = threading.Event()
         self._clock = clock
@@ -55,6 +107,10 @@ class Node:
         self.transceiver = Transceiver(
             self.memory, layout, TransceiverSettings(**settings), wake=self._bell.set, clock=clock
         )
+
+    @property
+    def blocks(self):
+        return blocks_of(self.memory)
 
     def offer(self, blocks: list[int]) -> tuple[str, bytes]:
         return self.transceiver.offer(blocks, len(blocks) * self.layout.tokens_per_block)
@@ -131,17 +187,35 @@ class Gate:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reached = threading.Event()
         self.open = threading.Event()
-        landed = LandedDigests.landed
 
-        def held(digests: LandedDigests, offset: int, data: np.ndarray) -> None:
+        def hold() -> None:
             self.reached.set()
             assert self.open.wait(PATIENCE_S)
-            landed(digests, offset, data)
 
-        monkeypatch.setattr(LandedDigests, "landed", held)
+        for owner, name in landings():
+            monkeypatch.setattr(owner, name, after(getattr(owner, name), hold))
 
     def wait(self) -> None:
         assert self.reached.wait(PATIENCE_S)
+
+
+def landings() -> list[tuple[type, str]]:
+    """The methods that are called when some bytes of a fetch have landed."""
+    found: list[tuple[type, str]] = [(LandedDigests, "landed")]
+    if HAS_GPU:
+        from diptych.transceiver.cuda_ipc import CudaIpcTransfer
+        from diptych.transceiver.device_staging import DeviceInlet
+
+        found += [(CudaIpcTransfer, "_settle"), (DeviceInlet, "put")]
+    return found
+
+
+def after(method: Callable[..., None], then: Callable[[], None]) -> Callable[..., None]:
+    def both(*args) -> None:
+        method(*args)
+        then()
+
+    return both
 
 
 def forge(ticket: bytes, **changes) -> bytes:

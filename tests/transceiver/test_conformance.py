@@ -13,25 +13,38 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kv_nodes import LAYOUT, WIDE, Gate, Node, forge
+from kv_nodes import HAS_GPU, LAYOUT, WIDE, Gate, Node, Way, forge
 
 from diptych.kv_layout import KvLayout
 from diptych.transceiver import tcp
 from diptych.transceiver import ticket as tickets
 from diptych.transceiver.host_region import HostRegion
 from diptych.transceiver.settings import FetchDone, FetchFailed
-from diptych.transceiver.transport import TRANSPORTS
 
-REGIONS = {"shm": HostRegion, "tcp": tcp.TcpRegion}
+REGIONS = {"shm": HostRegion, "cuda_ipc": HostRegion, "tcp": tcp.TcpRegion}
+ONE_SIDED = ("shm", "cuda_ipc")  # the owner's process takes no part
+WAYS = [
+    Way("shm"),
+    Way("tcp"),
+    *(
+        pytest.param(
+            Way.on_gpu(name),
+            id=f"{name} on a GPU",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="there is no GPU")],
+        )
+        for name in ("cuda_ipc", "tcp")
+    ),
+]
 
 
-@pytest.fixture(params=["shm", "tcp"])
+@pytest.fixture(params=WAYS)
 def transport(request) -> str:
     return request.param
 
 
 def owner_process(processes, transport: str, layout: str = "wide", num_blocks: int = 48, **options):
-    return processes(layout, str(num_blocks), "7", json.dumps({"backends": [transport], **options}))
+    settings = {"backends": [transport], "measure_transports": False, "device": transport.device, **options}
+    return processes(layout, str(num_blocks), "7", json.dumps(settings))
 
 
 def bytes_of(layout: KvLayout, num_blocks: int, seed: int) -> np.ndarray:
@@ -44,7 +57,7 @@ def test_permuted_blocks_arrive_exactly(nodes, transport):
     rng = np.random.default_rng(3)
     source, destination = rng.permutation(32)[:20].tolist(), rng.permutation(32)[:20].tolist()
     untouched = np.setdiff1d(np.arange(32), destination)
-    before = reader.memory.blocks[untouched].copy()
+    before = reader.blocks[untouched].copy()
     ticket_id, ticket = owner.offer(source)
 
     done = reader.result(reader.transceiver.fetch(ticket, range(20), destination))
@@ -53,8 +66,8 @@ def test_permuted_blocks_arrive_exactly(nodes, transport):
     assert done.transport == transport
     assert done.bytes == 20 * LAYOUT.block_bytes
     assert 0 < done.wire_s <= done.total_s
-    assert np.array_equal(reader.memory.blocks[destination], owner.memory.blocks[source])
-    assert np.array_equal(reader.memory.blocks[untouched], before)
+    assert np.array_equal(reader.blocks[destination], owner.blocks[source])
+    assert np.array_equal(reader.blocks[untouched], before)
     ended = owner.ended(ticket_id)
     assert (ended.reason, ended.block_ids) == ("released", tuple(source))
 
@@ -69,8 +82,8 @@ def test_any_selection_of_blocks(nodes, pairs, transport, data):
     _, ticket = owner.offer(source)
     done = reader.result(reader.transceiver.fetch(ticket, indices, destination))
     assert isinstance(done, FetchDone), done
-    expected = owner.memory.blocks[[source[i] for i in indices]]
-    assert np.array_equal(reader.memory.blocks[list(destination)], expected)
+    expected = owner.blocks[[source[i] for i in indices]]
+    assert np.array_equal(reader.blocks[list(destination)], expected)
 
 
 @pytest.fixture
@@ -90,7 +103,7 @@ def test_a_cached_prefix_is_not_fetched(nodes, transport):
     _, ticket = owner.offer([4, 5, 6, 20])
     done = reader.result(reader.transceiver.fetch(ticket, [2, 3], [0, 9]))
     assert done.bytes == 2 * LAYOUT.block_bytes
-    assert np.array_equal(reader.memory.blocks[[0, 9]], owner.memory.blocks[[6, 20]])
+    assert np.array_equal(reader.blocks[[0, 9]], owner.blocks[[6, 20]])
 
 
 def test_a_fetch_of_nothing_releases_the_ticket(nodes, transport):
@@ -107,7 +120,7 @@ def test_more_spans_than_one_request_holds(nodes, monkeypatch, transport):
     _, ticket = owner.offer(list(range(0, 32, 2)))
     done = reader.result(reader.transceiver.fetch(ticket, range(16), range(16)))
     assert isinstance(done, FetchDone), done
-    assert np.array_equal(reader.memory.blocks[:16], owner.memory.blocks[::2])
+    assert np.array_equal(reader.blocks[:16], owner.blocks[::2])
 
 
 def test_concurrent_fetches(nodes, transport):
@@ -119,7 +132,7 @@ def test_concurrent_fetches(nodes, transport):
         for i, (_, ticket) in enumerate(offers)
     ]
     assert all(isinstance(reader.result(fetch_id), FetchDone) for fetch_id in fetches)
-    assert np.array_equal(reader.memory.blocks, owner.memory.blocks[::-1])
+    assert np.array_equal(reader.blocks, owner.blocks[::-1])
     assert {owner.ended(ticket_id).reason for ticket_id, _ in offers} == {"released"}
     assert reader.transceiver.metrics().fetches_by_transport == {transport: 16}
     assert owner.transceiver.metrics().open_leases == 0
@@ -129,7 +142,7 @@ def test_a_worker_fetches_from_itself(nodes, transport):
     node = nodes(seed=1, backends=(transport,))
     ticket_id, ticket = node.offer([3, 1])
     assert isinstance(node.result(node.transceiver.fetch(ticket, [0, 1], [10, 11])), FetchDone)
-    assert np.array_equal(node.memory.blocks[[10, 11]], node.memory.blocks[[3, 1]])
+    assert np.array_equal(node.blocks[[10, 11]], node.blocks[[3, 1]])
     assert node.ended(ticket_id).reason == "released"
 
 
@@ -157,7 +170,7 @@ def test_a_block_reused_during_the_copy_is_stale(nodes, gate: Gate, transport):
 def test_a_flipped_bit_is_corrupt(nodes, transport):
     owner, reader = nodes(seed=1, backends=(transport,)), nodes(seed=2, backends=(transport,))
     ticket_id, ticket = owner.offer([4, 5])
-    owner.memory.blocks[5, -1] ^= 1
+    owner.blocks[5, -1] ^= 1
     assert reader.result(reader.transceiver.fetch(ticket, [0, 1], [0, 1])).code == "corrupt"
     assert owner.ended(ticket_id).reason == "released"
     assert reader.transceiver.metrics().failures == {"corrupt": 1}
@@ -169,7 +182,7 @@ def test_digests_can_be_left_out(nodes, transport):
     _, ticket = owner.offer([4, 5])
     assert tickets.decode(ticket).digests == []
     assert isinstance(reader.result(reader.transceiver.fetch(ticket, [0, 1], [0, 1])), FetchDone)
-    assert np.array_equal(reader.memory.blocks[:2], owner.memory.blocks[4:6])
+    assert np.array_equal(reader.blocks[:2], owner.blocks[4:6])
 
 
 def test_another_incarnation_is_refused(nodes, transport):
@@ -226,7 +239,8 @@ def test_abort_in_the_middle(nodes, gate: Gate, transport):
     gate.open.set()
     assert reader.result(fetch_id).code == "cancelled"
     assert owner.ended(ticket_id).reason == "released"
-    assert not np.array_equal(reader.memory.blocks[47], owner.memory.blocks[47])
+    if transport != "cuda_ipc":  # its one kernel cannot be stopped
+        assert not np.array_equal(reader.blocks[47], owner.blocks[47])
     assert isinstance(reader.result(reader.transceiver.fetch(owner.offer([1])[1], [0], [0])), FetchDone), (
         "the next fetch is not harmed"
     )
@@ -275,8 +289,8 @@ def test_owner_killed_between_fetches(processes, nodes, transport):
     owner.signal(signal.SIGKILL)
     outcome = reader.result(reader.transceiver.fetch(ticket, [0], [0]))
     if isinstance(outcome, FetchDone):  # memory that is still mapped is as good as ever
-        assert transport == "shm"
-        assert np.array_equal(reader.memory.blocks[0], bytes_of(LAYOUT, 48, 7)[2])
+        assert transport in ONE_SIDED
+        assert np.array_equal(reader.blocks[0], bytes_of(LAYOUT, 48, 7)[2])
     else:
         assert outcome.code == "peer_gone"
     wait_until(lambda: footprint()[2] == mapped_before + 1, "the dead owner's memory stays mapped")
@@ -291,9 +305,9 @@ def test_owner_killed_in_the_middle(processes, nodes, gate: Gate, transport):
     owner.signal(signal.SIGKILL)
     gate.open.set()
     outcome = reader.result(fetch_id)
-    if transport == "shm":  # nobody can touch these pages any more, and they carry their proof
+    if transport in ONE_SIDED:  # nobody can touch these pages any more, and they carry their proof
         assert isinstance(outcome, FetchDone), outcome
-        assert np.array_equal(reader.memory.blocks, bytes_of(WIDE, 48, 7))
+        assert np.array_equal(reader.blocks, bytes_of(WIDE, 48, 7))
     else:
         assert outcome.code == "peer_gone"
 
@@ -306,7 +320,7 @@ def test_stopped_owner(processes, nodes, transport):
     started = time.monotonic()
     outcome = reader.result(reader.transceiver.fetch(ticket, [0, 1], [0, 1]))
     took_s = time.monotonic() - started
-    if transport == "shm":
+    if transport in ONE_SIDED:
         assert isinstance(outcome, FetchDone), outcome
         assert took_s < 0.5, "the acknowledgement must not be waited for"
     else:
@@ -326,7 +340,7 @@ def test_owner_stopped_in_the_middle(processes, nodes, gate: Gate, transport):
     owner.signal(signal.SIGSTOP)
     gate.open.set()
     outcome = reader.result(fetch_id)
-    if transport == "shm":
+    if transport in ONE_SIDED:
         assert isinstance(outcome, FetchDone), outcome
     else:
         assert outcome.code == "deadline"
@@ -335,7 +349,7 @@ def test_owner_stopped_in_the_middle(processes, nodes, gate: Gate, transport):
 
 
 def test_abort_of_a_fetch_from_a_stopped_owner(processes, nodes):
-    owner = owner_process(processes, "tcp", "tiny")
+    owner = owner_process(processes, Way("tcp"), "tiny")
     reader = nodes(seed=2, backends=("tcp",), timeout_s=60.0)
     _, ticket = owner.offer([1])
     owner.signal(signal.SIGSTOP)

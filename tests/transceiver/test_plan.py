@@ -1,7 +1,7 @@
 """A plan copies what a plain gather over the same pools would, whatever the two layouts are."""
 
 import time
-from itertools import product
+from itertools import pairwise, product
 
 import msgspec
 import numpy as np
@@ -130,7 +130,7 @@ def test_equal_layouts_copy_whole_blocks_in_runs(data, max_bytes):
     blocks = data.draw(st.permutations(range(POOL_BLOCKS)))[: len(indices)]
     plan = plan_copy(LAYOUT, LAYOUT, source, indices, blocks, num_tokens=2 * POOL_BLOCKS)
     pairs = [(source[index], block) for index, block in zip(indices, blocks, strict=True)]
-    breaks = sum((a + 1, x + 1) != (b, y) for (a, x), (b, y) in zip(pairs, pairs[1:], strict=False))
+    breaks = sum((a + 1, x + 1) != (b, y) for (a, x), (b, y) in pairwise(pairs))
     assert len(plan.spans().length) == (breaks + 1 if pairs else 0)
     pieces = plan.pieces(max_bytes)
     assert pieces.num_bytes == plan.num_bytes == len(pairs) * LAYOUT.block_bytes

@@ -1,5 +1,7 @@
 """Spans are cut and grouped without losing a byte."""
 
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +24,7 @@ def test_merging_joins_exactly_the_neighbours(rows):
     source, destination, length = (np.array([row[i] for row in rows], np.int64) for i in range(3))
     merged = Spans(source, destination, length).merged()
     bytes_before = [(s + i, d + i) for s, d, n in rows for i in range(n)]
-    spans = zip(*(array.tolist() for array in (merged.source_offset, merged.destination_offset, merged.length)))
-    spans = list(spans)
+    arrays = (merged.source_offset, merged.destination_offset, merged.length)
+    spans = list(zip(*(array.tolist() for array in arrays), strict=True))
     assert [(s + i, d + i) for s, d, n in spans for i in range(n)] == bytes_before
-    assert not any((a[0] + a[2], a[1] + a[2]) == b[:2] for a, b in zip(spans, spans[1:], strict=False))
+    assert not any((a[0] + a[2], a[1] + a[2]) == b[:2] for a, b in pairwise(spans))

@@ -133,7 +133,7 @@ def test_no_common_transport(nodes):
 
 
 def test_an_unknown_backend_names_the_known_ones(nodes):
-    with pytest.raises(ConfigError, match="'rdma', allowed are shm, tcp"):
+    with pytest.raises(ConfigError, match="'rdma', allowed are shm, cuda_ipc, tcp"):
         nodes(seed=1, backends=("rdma",))
 
 

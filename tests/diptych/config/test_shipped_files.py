@@ -10,7 +10,7 @@ from diptych.launcher import members
 CONFIGS = Path(__file__).parents[3] / "configs"
 
 
-@pytest.mark.parametrize("name", ["disagg_config.yaml", "two_by_two.yaml"])
+@pytest.mark.parametrize("name", ["disagg_config.yaml", "kv_aware_routing.yaml", "two_by_two.yaml"])
 def test_disaggregated(name: str, caplog: pytest.LogCaptureFixture):
     assert len(members(load_disagg_config(CONFIGS / name))) >= 2
     assert caplog.messages == []
@@ -28,5 +28,5 @@ def test_metadata(caplog: pytest.LogCaptureFixture):
 
 
 def test_no_file_is_forgotten():
-    tested = ["context", "disagg_config", "generation", "metadata_config", "two_by_two"]
+    tested = ["context", "disagg_config", "generation", "kv_aware_routing", "metadata_config", "two_by_two"]
     assert sorted(path.stem for path in CONFIGS.iterdir()) == tested

@@ -135,4 +135,4 @@ def assert_same(outcome: Outcome, expected: Outcome) -> None:
 
 
 def session() -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE_S), connector=aiohttp.TCPConnector(limit=0))
+    return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE_S), connector=aiohttp.TCPConnector(limit=0, force_close=True))

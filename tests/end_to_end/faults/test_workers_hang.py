@@ -54,14 +54,14 @@ async def test_generation_worker_hangs_before_it_answers(faults, sticky):
 
 async def test_context_worker_hangs_in_the_middle_of_a_prefill(faults, sticky):
     victim, _ = await faults.owners(sticky)
-    request = body_of("greedy", 8, prompt=STORY * 300)
+    prompt = STORY * 300
     async with session() as client:
-        call = asyncio.create_task(stream(client, faults.router.url, request, headers=sticky))
+        call = asyncio.create_task(stream(client, faults.router.url, body_of("greedy", 8, prompt=prompt), headers=sticky))
         await until("the prefill", lambda: victim.metric("trtllm_num_requests_running") == 1)
         faults.pause(victim)
         outcome = await call
         assert victim in faults.paused
-        assert_same(outcome, await stream(client, faults.router.url, request))
+        assert_same(outcome, await stream(client, faults.router.url, body_of("greedy", 8, prompt=prompt)))
 
 
 async def test_a_short_hang_is_nothing(faults, sticky):
