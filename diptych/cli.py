@@ -206,6 +206,23 @@ def drain(worker: str, **options: Any) -> None:
     click.echo(run(worker, metadata, cluster, ClusterTrust(None)))
 
 
+@main.command("kv_bench")
+@option(
+    "--device", type=click.Choice(["cpu", "cuda"]), help="Where the KV pools are [cuda on a GPU machine]."
+)
+@option("--shape", type=click.Choice(["8b", "135m"]), help="Shape of the KV [8b on GPUs, 135m else].")
+@option("--tokens", "-n", multiple=True, type=click.IntRange(min=1), help="Length; repeatable.")
+@option("--transport", "transports", multiple=True, help="shm, cuda_ipc or tcp; repeatable [all].")
+@option("--rounds", type=click.IntRange(min=1), default=9, show_default=True)
+@option("--output", "-o", type=click.Path(path_type=Path), help="JSON file for the figures.")
+@option("--plot", type=click.Path(path_type=Path), help="PNG file for a plot.")
+def kv_bench(**options: Any) -> None:
+    """Measure how fast KV blocks move between two processes here, beside the link's plain copy."""
+    from diptych.transceiver.bench.command import BenchSettings, run
+
+    run(BenchSettings(**options))
+
+
 @main.command()
 def version() -> None:
     """Print the version."""

@@ -44,10 +44,20 @@ class CopyGrid:
     def num_bytes(self) -> int:
         return len(self.row_source) * len(self.cell_source) * self.length
 
-    def packed(self) -> Int64s:
+    @property
+    def num_numbers(self) -> int:
+        return 4 * len(self.row_source) + 2 * len(self.cell_source)
+
+    def pack_into(self, numbers: Int64s) -> None:
         """What the kernel reads, offsets in words: four numbers for each row, then two for each cell."""
-        rows = [array // WORD_BYTES for array in self._rows]
-        return np.concatenate([*rows, self.row_block, *(array // WORD_BYTES for array in self._cells)])
+        rows, cells = len(self.row_source), len(self.cell_source)
+        by_row = numbers[: 4 * rows].reshape(4, rows)
+        for place, offsets in zip(by_row, self._rows, strict=False):
+            np.floor_divide(offsets, WORD_BYTES, out=place)
+        by_row[3] = self.row_block
+        by_cell = numbers[4 * rows : self.num_numbers].reshape(2, cells)
+        for place, offsets in zip(by_cell, self._cells, strict=True):
+            np.floor_divide(offsets, WORD_BYTES, out=place)
 
     @property
     def _rows(self) -> tuple[Int64s, Int64s, Int64s]:

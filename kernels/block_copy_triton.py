@@ -37,7 +37,10 @@ def _terms(words, positions):
     return (low.to(tl.uint64) * high.to(tl.uint64) + bits).to(tl.int64, bitcast=True)
 
 
-@triton.jit
+# Not specialised: each kind of value would be compiled anew, in the middle of a transfer.
+@triton.jit(
+    do_not_specialize=["num_rows", "num_cells", "tiles_in_cell", "tiles_in_share", "shares_in_row"],
+)
 def _move(
     source,
     destination,
@@ -96,16 +99,21 @@ class Address:
 
 
 def launch_copy(
-    source: Address, destination: Tensor, grid: CopyGrid, *, num_programs: int, digest: bool
-) -> tuple[Tensor, Tensor]:
-    """Queue the copy on the current stream: (digests, pinned memory that must outlive the copy).
+    source: Address,
+    destination: Tensor,
+    grid: CopyGrid,
+    numbers: Tensor,
+    digests: Tensor,
+    *,
+    num_programs: int,
+    digest: bool,
+) -> None:
+    """Queue the copy on the current stream.
 
-    `destination` is flat uint8. The digests are zeros without `digest`.
+    `destination` is flat uint8; `numbers` is `grid.packed()` on the GPU; `digests` are `grid.num_blocks` zeros
+    there, and stay zeros without `digest`.
     """
     assert grid.is_aligned, "spans must be aligned to 16 bytes"
-    packed = torch.from_numpy(grid.packed()).pin_memory()
-    numbers = packed.to(destination.device, non_blocking=True)
-    digests = torch.zeros(grid.num_blocks, dtype=torch.int64, device=destination.device)
     _launch(
         source,
         destination.view(torch.int64),
@@ -118,7 +126,6 @@ def launch_copy(
         copy=True,
         digest=digest,
     )
-    return digests, packed
 
 
 def launch_digest(pool: Tensor, block_ids: Tensor) -> Tensor:

@@ -87,12 +87,12 @@ class Edge:
         admission = self._admission
         await admission.enter(key, call.deadline)
         entered = time.monotonic()
+        is_whole = False
         try:
             answered = await self._flow.run(call, client)
-        except BaseException:
-            admission.leave(None)
-            raise
-        admission.leave(None if client.failed else time.monotonic() - entered)
+            is_whole = not client.failed
+        finally:
+            admission.leave(time.monotonic() - entered, is_whole=is_whole)
         return answered
 
     def _timeout(self, head: RequestHead) -> float:

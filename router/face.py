@@ -66,14 +66,17 @@ class Faces:
     def num_running(self) -> int:
         return sum(face.is_busy for face in self.open)
 
-    async def drain(self, timeout_s: float) -> None:
-        """The listener is closed already: answer what comes on open connections once more, then close them.
+    async def drain(self, timeout_s: float, *, keep_idle: bool) -> None:
+        """The listener is closed already: the answer that each open connection gets yet is its last.
 
-        An idle connection is kept for as long as clients may believe that it is of use.
+        `keep_idle`: keep an idle connection for as long as its client may believe that it can be used.
         """
         self.is_draining = True
         now = time.monotonic()
-        until, idle_until = now + timeout_s, now + min(self._keep_alive_s, timeout_s / 2)
+        until, idle_until = (
+            now + timeout_s,
+            now + (min(self._keep_alive_s, timeout_s / 2) if keep_idle else 0.0),
+        )
         while self.open and time.monotonic() < until:
             if time.monotonic() >= idle_until:
                 self._close_idle()
@@ -243,7 +246,9 @@ class Face(asyncio.Protocol):
             return
         self._arrived = time.monotonic()
         self._ahead = data[end + 4 :]
-        if not head.is_chunked and len(self._ahead) == head.length:  # nearly always
+        if (
+            not head.is_chunked and len(self._ahead) == head.length <= self._faces.max_body_bytes
+        ):  # nearly always
             body, self._ahead = self._ahead, b""
             self._begin(head, body)
         else:

@@ -47,13 +47,11 @@ class FairQueue(Generic[T]):
         line = self._lines.get(key)
         dropped = None
         if self._length >= self._capacity:
-            longest = max(self._lines.values(), key=lambda line: line.share, default=None)
-            arriving_share = ((len(line.entries) if line else 0) + 1) / weight
-            if longest is None or longest.share <= arriving_share:
+            share = ((len(line.entries) if line else 0) + 1) / weight
+            longest = max(self._lines, key=lambda key: self._lines[key].share, default=None)
+            if longest is None or self._lines[longest].share <= share:
                 return entry
-            _, dropped = longest.entries.pop()
-            longest.last_tag -= 1 / longest.weight
-            self._length -= 1
+            dropped = self._drop_last(longest)
         if line is None:
             line = self._lines[key] = _Line(weight)
         line.last_tag = max(self._now, line.last_tag) + 1 / weight
@@ -65,6 +63,15 @@ class FairQueue(Generic[T]):
         """The next one; there is at least one."""
         key, line = min(self._lines.items(), key=lambda item: item[1].entries[0][0])
         self._now, entry = line.entries.popleft()
+        self._length -= 1
+        if not line.entries:
+            del self._lines[key]
+        return entry
+
+    def _drop_last(self, key: str) -> T:
+        line = self._lines[key]
+        _, entry = line.entries.pop()
+        line.last_tag -= 1 / line.weight
         self._length -= 1
         if not line.entries:
             del self._lines[key]

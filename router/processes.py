@@ -1,10 +1,10 @@
-"""Several router processes on one port: started, replaced when they die or on SIGHUP, stopped.
+"""Several router processes on one port: started, replaced when they die or on SIGUSR2, stopped.
 
 Each process is a whole router of its own. The supervisor opens one listening socket for each (SO_REUSEPORT: the
 kernel spreads connections over them) and keeps it: connections that wait for a process which is being replaced
 are served by its successor, and none is lost.
 
-    SIGHUP            new processes take the places of the old one after another; the old ones finish what runs
+    SIGUSR2           new processes take the places of the old one after another; the old ones finish what runs
     SIGTERM, SIGINT   all stop accepting, finish what runs, end
 """
 
@@ -16,7 +16,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -34,7 +34,8 @@ _log = logging.getLogger(__name__)
 _START_S = 30.0  # until a new process serves
 _RESTART_S = 1.0  # before one that died is started again
 _CANNOT_START = 2  # exit code
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+RETIRE = signal.SIGUSR2  # to the supervisor: replace all; to a process: a successor is there
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, RETIRE)
 
 
 class ProcessSettings(Protocol):
@@ -66,8 +67,8 @@ class Share(Generic[Settings]):
         return Snapshots(self.folder, f"{self.slot}-{os.getpid()}")
 
     def report_start(self) -> None:
-        self.started.send(True)
-        self.started.close()
+        with self.started, suppress(BrokenPipeError):  # nobody waits for one that replaces a dead process
+            self.started.send(True)
 
 
 class Processes(Generic[Settings]):
@@ -114,7 +115,7 @@ class Processes(Generic[Settings]):
         while True:
             wait([wakeup.receiver, *(process.sentinel for process in self._current + self._leaving)])
             for number in wakeup.take():
-                if number != signal.SIGHUP:
+                if number != RETIRE:
                     return
                 self._replace_all(wakeup)
             self._leaving = [process for process in self._leaving if process.exitcode is None]
@@ -134,7 +135,8 @@ class Processes(Generic[Settings]):
                 return
             old, self._current[slot] = self._current[slot], successor
             _log.info("router process %s takes the place of %s", successor.pid, old.pid)
-            old.terminate()
+            assert old.pid is not None
+            os.kill(old.pid, RETIRE)
             self._leaving.append(old)
             if wakeup.is_stopping:
                 return
@@ -172,8 +174,6 @@ class Processes(Generic[Settings]):
 
 
 def _main(run_share: Callable[[Share[Settings]], None], share: Share[Settings]) -> None:
-    # Ctrl-C reaches the whole foreground group; the supervisor decides who stops, and SIGHUP is for it alone.
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     logs.configure(share.config.log_level)
     try:
         run_share(share)
@@ -210,5 +210,5 @@ class _Signals:
             return []
 
     def _note(self, number: int, frame: object) -> None:
-        self.is_stopping = self.is_stopping or number != signal.SIGHUP
+        self.is_stopping = self.is_stopping or number != RETIRE
         self._sender.send(bytes([number]))

@@ -113,8 +113,11 @@ class Router:
         loop = asyncio.get_running_loop()
         self._servers.append(await loop.create_server(self._faces, sock=listener, backlog=_BACKLOG))
 
-    async def drain(self) -> None:
-        """Accept nothing more; let what runs end, within the limits."""
+    async def drain(self, *, has_successor: bool) -> None:
+        """Accept nothing more; let what runs end, within the limits.
+
+        `has_successor`: somebody else accepts, so that clients go on and must not see a connection break.
+        """
         for server in self._servers:
             server.close()
         self._servers.clear()
@@ -124,7 +127,7 @@ class Router:
             self._faces.num_running,
             self._limits.shutdown_s,
         )
-        await self._faces.drain(self._limits.shutdown_s)
+        await self._faces.drain(self._limits.shutdown_s, keep_idle=has_successor)
 
     async def _announce_readiness(self) -> None:
         """Say once that the mesh is ready; after the start timeout, say what it waits for and go on."""

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 from diptych.discovery import Registry
 from diptych.listen import open_listener
 from diptych.router.metrics import Metrics
-from diptych.router.processes import Processes, Share
+from diptych.router.processes import RETIRE, Processes, Share
 from diptych.router.router import Router
 from diptych.router.settings import Limits, RouterSettings
 
@@ -59,8 +59,19 @@ async def _route(
 ) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
+    has_successor = False
+
+    def retire() -> None:
+        nonlocal has_successor
+        if parent is None:
+            _log.warning("one process cannot be replaced without a gap: set num_workers to 2 or more")
+            return
+        has_successor = True
+        stop.set()
+
     for number in _STOP_SIGNALS:
         loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(RETIRE, retire)
     parent = multiprocessing.parent_process()
     if parent is not None:  # a supervisor that was killed takes its routers along
         loop.add_reader(parent.sentinel, stop.set)
@@ -77,8 +88,8 @@ async def _route(
         _log.info("router listens on %s:%d", host, port)
         started()
         await stop.wait()
-        await router.drain()
-    for number in _STOP_SIGNALS:
+        await router.drain(has_successor=has_successor)
+    for number in (*_STOP_SIGNALS, RETIRE):
         loop.remove_signal_handler(number)
 
 

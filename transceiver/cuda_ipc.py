@@ -13,17 +13,19 @@ import threading
 import time
 import weakref
 
+import msgspec
 import numpy as np
 import torch
 
 from diptych.errors import ConfigError, TransferError
 from diptych.kernels.block_copy import ALIGN_BYTES, CopyGrid
 from diptych.transceiver.cuda_driver import CudaDriver, DriverError
+from diptych.transceiver.device_copy import CopySlot, DeviceCopier
 from diptych.transceiver.device_pool import NOTE, DevicePool
 from diptych.transceiver.host_region import HostRegion
 from diptych.transceiver.plan import CopyPlan
 from diptych.transceiver.pool import DigestKind, Digests, Generations, KvPool
-from diptych.transceiver.pool_memory import PoolIdentity, PoolView
+from diptych.transceiver.pool_memory import PoolView
 from diptych.transceiver.stop import Stop
 from diptych.transceiver.transport import (
     Landed,
@@ -62,20 +64,18 @@ class CudaIpcTransfer:
     def __init__(
         self,
         peer: CudaIpcPeer,
+        copier: DeviceCopier,
         destination: torch.Tensor,
-        stream: torch.cuda.Stream,
         plan: CopyPlan,
         stop: Stop,
         *,
-        num_programs: int,
         digest: bool,
     ) -> None:
         self._peer = peer  # keeps its memory mapped
+        self._copier = copier
         self._destination = destination
-        self._stream = stream
         self._plan = plan
         self._stop = stop
-        self._num_programs = num_programs
         self._digest = digest
         self.state = TransferState.RUNNING
         self.bytes = 0
@@ -101,32 +101,21 @@ class CudaIpcTransfer:
         self._stop.abort()
 
     def _copy(self) -> None:
-        from diptych.kernels.block_copy_triton import Address, launch_copy
-
         self._stop.check()
         try:
-            with torch.cuda.device(self._destination.device), torch.cuda.stream(self._stream):
-                found, numbers = launch_copy(
-                    Address(self._peer.pointer),
-                    self._destination,
-                    grid_of(self._plan),
-                    num_programs=self._num_programs,
-                    digest=self._digest,
-                )
-                digests = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
-                digests.copy_(found, non_blocking=True)
-                done = torch.cuda.Event()
-                done.record(self._stream)
-            self._settle(done)
-            del numbers
+            running = self._copier.start(
+                self._peer.pointer, self._destination, grid_of(self._plan), digest=self._digest
+            )
+            self._settle(running)
         except RuntimeError as error:
             raise TransferError(f"the copy on the GPU failed: {error}", code="internal") from error
+        found = self._copier.finish(running)
         if self._digest:
-            self.digests = digests.numpy().view(np.uint64)
+            self.digests = found
 
-    def _settle(self, done: torch.cuda.Event) -> None:
+    def _settle(self, running: CopySlot) -> None:
         """Until the GPU writes no more. No deadline: what it may still write to is nobody else's before that."""
-        while not done.query():
+        while not running.done.query():
             time.sleep(_POLL_S)
 
 
@@ -136,7 +125,7 @@ class CudaIpcTransport:
     def __init__(self, context: TransportContext) -> None:
         self._num_programs = context.copy_programs
         self._memory: DevicePool | None = None
-        self._stream: torch.cuda.Stream | None = None
+        self._copier: DeviceCopier | None = None
         self._lock = threading.Lock()
         self._peers: dict[bytes, CudaIpcPeer] = {}  # by descriptor
 
@@ -144,8 +133,8 @@ class CudaIpcTransport:
         if not isinstance(memory, DevicePool):
             raise ConfigError("KV transport cuda_ipc copies between pools on GPUs, and this pool is not")
         self._memory = memory
-        self._stream = torch.cuda.Stream(memory.device)
-        self._compile(memory)
+        self._copier = DeviceCopier(memory.device, self._num_programs)
+        self._compile(memory, self._copier)
         return HostRegion.of(memory).encode()
 
     def connect(self, descriptor: bytes, stop: Stop) -> CudaIpcPeer:
@@ -202,25 +191,18 @@ class CudaIpcTransport:
     def _transfer(
         self, peer: CudaIpcPeer, destination: torch.Tensor, plan: CopyPlan, stop: Stop, *, digest: bool
     ) -> CudaIpcTransfer:
-        assert self._stream is not None
-        return CudaIpcTransfer(
-            peer,
-            destination.view(-1),
-            self._stream,
-            plan,
-            stop,
-            num_programs=self._num_programs,
-            digest=digest,
-        )
+        assert self._copier is not None
+        return CudaIpcTransfer(peer, self._copier, destination.view(-1), plan, stop, digest=digest)
 
-    def _compile(self, memory: DevicePool) -> None:
+    def _compile(self, memory: DevicePool, copier: DeviceCopier) -> None:
         """The kernel of the usual case, now: compiling it in the first fetch would take a second of that."""
-        block_bytes = memory.identity.block_bytes
-        pair = torch.zeros(2, block_bytes, dtype=torch.uint8, device=memory.device)
-        identity = PoolIdentity(incarnation="", fingerprint="", num_blocks=1, block_bytes=block_bytes)
-        peer = CudaIpcPeer(memory, pair[1].data_ptr())
+        identity = msgspec.structs.replace(memory.identity, num_blocks=1)
+        pair = torch.zeros(2, identity.block_bytes, dtype=torch.uint8, device=memory.device)
+        grid = grid_of(probe_plan(identity, 1))
         for digest in (True, False):
-            self._transfer(peer, pair[0], probe_plan(identity, 1), Stop(60.0), digest=digest).wait()
+            running = copier.start(pair[1].data_ptr(), pair[0], grid, digest=digest)
+            running.done.synchronize()
+            copier.finish(running)
 
 
 def grid_of(plan: CopyPlan) -> CopyGrid:

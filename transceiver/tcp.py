@@ -7,7 +7,7 @@ time on each. Needs the owner's process to run: a stopped owner shows only at th
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import msgspec
 import numpy as np
@@ -87,6 +87,7 @@ class TcpTransfer:
         stop: Stop,
         landed: Landed,
         digest_kind: DigestKind | None,
+        settled: Callable[[Inlet], None],
     ) -> None:
         self._peer = peer
         self._connection = connection
@@ -96,6 +97,7 @@ class TcpTransfer:
         self._stop = stop
         self._landed = landed
         self._digest_kind = digest_kind
+        self._settled = settled  # takes the inlet back
         self.state = TransferState.RUNNING
         self.bytes = 0
         self.seconds = 0.0
@@ -116,6 +118,7 @@ class TcpTransfer:
             ) from error
         finally:
             self._inlet.settle()
+            self._settled(self._inlet)
             self.seconds = time.monotonic() - started
             self._release()
 
@@ -173,6 +176,7 @@ class TcpTransport:
         self._memory: KvPool | None = None
         self._lock = threading.Lock()
         self._peers: dict[bytes, TcpPeer] = {}  # by descriptor
+        self._idle: list[Inlet] = []  # not in use: those of a GPU are dear
 
     def register(self, memory: KvPool) -> bytes:
         self._memory = memory
@@ -207,13 +211,14 @@ class TcpTransport:
             source_blocks=peer.region.identity.num_blocks,
             destination_blocks=self._memory.identity.num_blocks,
         )
-        inlet = inlet_of(self._memory)
-        return TcpTransfer(peer, peer.borrow(stop), inlet, plan, stop, landed, digest_kind)
+        connection = peer.borrow(stop)
+        inlet = self._borrow_inlet(self._memory)
+        return TcpTransfer(peer, connection, inlet, plan, stop, landed, digest_kind, self._idle.append)
 
     def measure(self, peer: TcpPeer, stop: Stop) -> float:
         plan = probe_plan(peer.region.identity, PROBE_BYTES)
         inlet = HostInlet(np.zeros(plan.num_bytes, np.uint8))
-        transfer = TcpTransfer(peer, peer.borrow(stop), inlet, plan, stop, ignore_landed, None)
+        transfer = TcpTransfer(peer, peer.borrow(stop), inlet, plan, stop, ignore_landed, None, _drop)
         transfer.wait()
         return transfer.bytes / transfer.seconds / 1e9
 
@@ -229,6 +234,17 @@ class TcpTransport:
             peers, self._peers = list(self._peers.values()), {}
         for peer in peers:
             peer.close()
+        self._idle.clear()
+
+    def _borrow_inlet(self, memory: KvPool) -> Inlet:
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+        return inlet_of(memory)
+
+
+def _drop(inlet: Inlet) -> None:
+    """Nobody needs it again."""
 
 
 class _Sender:

@@ -16,6 +16,7 @@ _DEFAULT_WAIT_MS = 10_000
 async def kv_events(http: web.Request) -> web.Response:
     """`?epoch=E&since=N&wait_ms=T`: KvEvents as msgpack."""
     service = http.app[SERVICE]
+    service.trust.check_secret(http.headers)  # who knows hashes can tell what others asked
     service.check_ready()
     epoch = http.query.get("epoch")
     position, wait_ms = _number(http, "since", 0), _number(http, "wait_ms", _DEFAULT_WAIT_MS)
@@ -26,6 +27,7 @@ async def kv_events(http: web.Request) -> web.Response:
 async def kv_cache_events(http: web.Request) -> web.Response:
     """TensorRT-LLM's events since the last call; none unless kv_cache_config.event_buffer_max_size is set."""
     service = http.app[SERVICE]
+    service.trust.check_secret(http.headers)
     service.check_ready()
     return web.Response(body=orjson.dumps(service.kv_events.drain_buffer()), content_type="application/json")
 

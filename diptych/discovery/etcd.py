@@ -122,7 +122,7 @@ class _View:
         self._revision = 0
         self._values: dict[str, bytes] = {}
         self._remembered: dict[str, bytes] = {}  # from before etcd lost its memory
-        self._complained: set[bytes] = set()
+        self._decoded: dict[str, tuple[bytes, WorkerInfo | None]] = {}  # each value is read once
         self.grace_ends: float | None = None
 
     def list_again(self, values: dict[str, bytes], revision: int) -> None:
@@ -142,6 +142,8 @@ class _View:
         self._revision = revision
         self._values = values
         self._forget(values)
+        for key in self._decoded.keys() - values.keys() - self._remembered.keys():
+            del self._decoded[key]
 
     def apply(self, changes: list[Change]) -> None:
         for change in changes:
@@ -162,13 +164,17 @@ class _View:
             self._remembered.pop(key, None)
 
     def _decode(self, key: str, value: bytes) -> WorkerInfo | None:
+        known = self._decoded.get(key)
+        if known is None or known[0] != value:
+            known = self._decoded[key] = value, self._read(key, value)
+        return known[1]
+
+    def _read(self, key: str, value: bytes) -> WorkerInfo | None:
         try:
             info = msgspec.json.decode(value, type=WorkerInfo)
             if info.worker_id != unquote(key.removeprefix(self._prefix)):
                 raise msgspec.ValidationError(f"its worker_id is {info.worker_id!r}")
         except msgspec.DecodeError as error:
-            if value not in self._complained:
-                self._complained.add(value)
-                _log.warning("%s is not a worker and is ignored: %s", key, error)
+            _log.warning("%s is not a worker and is ignored: %s", key, error)
             return None
         return info

@@ -152,7 +152,7 @@ class Supervisor:
         for setting in dataclasses.fields(DisaggConfig):
             value = getattr(self.config, setting.name)
             if setting.name not in skipped and value is not None:
-                settings[setting.name] = value
+                settings[setting.name] = _plain(value)
         settings["port"] = port
         for role, section, key in (
             ("CONTEXT", self.config.context_servers, "context_servers"),
@@ -206,7 +206,9 @@ def _authority(host: str, port: int) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Mappings and sequences as the dict and list that YAML writes."""
+    """Mappings, sections and sequences as the dict and list that YAML writes."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

@@ -108,6 +108,12 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(10)
 
+    def kill_engine(self) -> None:
+        """SIGKILL for a worker's engine process alone."""
+        (task,) = Path(f"/proc/{self.process.pid}/task").glob(f"{self.process.pid}/children")
+        (child,) = task.read_text().split()
+        os.kill(int(child), signal.SIGKILL)
+
     def pause(self) -> None:
         """SIGSTOP for all of it: it hangs, its connections stay open."""
         os.killpg(self.process.pid, signal.SIGSTOP)
@@ -145,7 +151,9 @@ class Mesh:
     def metadata(self, etcd: Etcd, **settings: Any) -> Path:
         """A metadata_config.yaml for that etcd, for `worker` and `router`."""
         path = self._folder / f"metadata-{etcd.port}.yaml"
-        path.write_text(yaml.safe_dump({"server_type": "etcd", "hostname": "localhost", "port": etcd.port, **settings}))
+        path.write_text(
+            yaml.safe_dump({"server_type": "etcd", "hostname": "localhost", "port": etcd.port, **settings})
+        )
         return path
 
     def worker(

@@ -172,6 +172,29 @@ async def test_sigterm_under_a_running_stream(meshed):
     assert state_of(etcd, generation)[0] is None
 
 
+def test_sigterm_while_the_model_loads(fresh):
+    etcd = fresh.etcd()
+    worker = fresh.worker("worker", "CONTEXT", metadata=fresh.metadata(etcd))
+    wait_for("STARTING in etcd", lambda: state_of(etcd, worker)[1].get("state") == "STARTING", 60)
+    worker.process.terminate()
+    assert exit_code(worker) == 0
+    assert state_of(etcd, worker)[0] is None
+
+
+async def test_a_drain_has_an_end(fresh):
+    worker = fresh.worker("worker", drain_timeout_s=0.5).wait_ready()
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session:
+        body = {**BODY, "max_tokens": 4000, "stream": True}
+        async with session.post(f"{worker.url}/v1/completions", json=body) as response:
+            await response.content.readline()
+            worker.process.terminate()
+            whole = await response.read()
+    assert b'"error"' in whole
+    assert whole.endswith(b"data: [DONE]\n\n")
+    assert exit_code(worker) == 0
+    assert "drain_timeout_s (0.5 s) is over: 1 requests" in worker.log.read_text()
+
+
 def complete_alone(generation, meshed):
     """The same answer from the context worker alone: it can do both legs."""
     return complete(meshed[2].url, max_tokens=300)["choices"][0]["text"]

@@ -44,10 +44,12 @@ async def test_context_worker_killed_during_a_prefill(fresh):
 
 
 async def test_generation_worker_killed_during_a_stream(fresh):
+    """The context worker goes on with it (faults/ has the whole suite)."""
     _context, generation, router = pair(fresh)
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=DEADLINE_S)) as session:
         _, expected = await complete(session, router.url)
-        body = {"prompt": PROMPT, "max_tokens": 2000, "temperature": 0, "ignore_eos": True, "stream": True}
+        body = {"prompt": PROMPT, "max_tokens": 60, "temperature": 0, "ignore_eos": True, "stream": True}
+        _, whole = await complete(session, router.url, max_tokens=60)
         events = []
         async with session.post(f"{router.url}/v1/completions", json=body) as response:
             assert response.status == 200
@@ -56,10 +58,9 @@ async def test_generation_worker_killed_during_a_stream(fresh):
                     events.append(line[6:].strip())
                 if len(events) == 5:
                     generation.kill()
-        assert events[-1] == b"[DONE]"
-        error = orjson.loads(events[-2])["error"]
-        assert error["type"] == "service_unavailable" and error["code"] == "worker_lost"
-        assert all(b'"error"' not in event for event in events[:-2])
+        assert events.pop() == b"[DONE]"
+        text = "".join(orjson.loads(event)["choices"][0]["text"] for event in events)
+        assert text == whole["choices"][0]["text"]
         status, answer = await complete(session, router.url)
         assert status == 200 and answer["choices"][0]["text"] == expected["choices"][0]["text"]
 

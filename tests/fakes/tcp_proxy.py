@@ -14,7 +14,9 @@ class TcpProxy:
     `silent` lets bytes in and nothing out, in both directions: a partition that closes no connection.
     """
 
-    def __init__(self, port: int, host: str = "127.0.0.1", *, listen_host: str = "127.0.0.1", listen_port: int = 0):
+    def __init__(
+        self, port: int, host: str = "127.0.0.1", *, listen_host: str = "127.0.0.1", listen_port: int = 0
+    ):
         self._upstream = (host, port)
         self._listener = socket.create_server((listen_host, listen_port))
         self.port: int = self._listener.getsockname()[1]

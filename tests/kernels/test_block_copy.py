@@ -116,8 +116,17 @@ def test_the_gpu_copies_as_the_reference_does(block_bytes, cells, length, progra
     found = expected.clone()
     grid = grid_of(block_bytes, cells, length)
     wanted = copy_reference(source.view(-1), expected.view(-1), grid)
-    digests, _ = launch_copy(
-        Address(source.data_ptr()), found.view(-1), grid, num_programs=programs, digest=digest
+    numbers = np.empty(grid.num_numbers, np.int64)
+    grid.pack_into(numbers)
+    digests = torch.zeros_like(wanted)
+    launch_copy(
+        Address(source.data_ptr()),
+        found.view(-1),
+        grid,
+        torch.from_numpy(numbers).cuda(),
+        digests,
+        num_programs=programs,
+        digest=digest,
     )
     assert torch.equal(found, expected)
     assert torch.equal(digests, wanted if digest else torch.zeros_like(wanted))

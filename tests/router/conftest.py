@@ -13,7 +13,6 @@ from diptych.config.routing import ConditionalDisagg
 from diptych.discovery import Registry
 from diptych.discovery.static import StaticRegistry
 from diptych.listen import open_listener
-from diptych.router.pool import Pool
 from diptych.router.router import Router as RouterProcess
 from diptych.router.settings import Limits
 from diptych.router.status import missing_roles
@@ -59,9 +58,10 @@ FAST = Limits(connect_s=2.0, probe_s=2.0, probe_retry_s=0.05, probe_retry_max_s=
 class Router:
     """A running router and a client session for it."""
 
-    def __init__(self, url: str, pool: Pool, session: aiohttp.ClientSession) -> None:
+    def __init__(self, url: str, process: RouterProcess, session: aiohttp.ClientSession) -> None:
         self.url = url
-        self.pool = pool
+        self.pool = process.pool
+        self.admission = process.admission
         self.session = session
 
     def post(self, body: object, *, path: str = "/v1/completions", **options):
@@ -128,7 +128,7 @@ async def start_router(stack: AsyncExitStack) -> StartRouter:
             assert ready
             known = await pool.wait_until(lambda pool: all(w.probed for w in pool.workers), 5.0)
             assert known
-        return Router(f"http://{host}:{port}", pool, session)
+        return Router(f"http://{host}:{port}", router, session)
 
     return start
 

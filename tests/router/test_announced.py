@@ -50,7 +50,7 @@ async def test_a_worker_that_was_down_is_asked_when_it_is_announced_anew(context
 
 async def test_added_and_removed_are_logged_in_the_words_that_operators_wait_for(context, caplog):
     registry = StaticRegistry()
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="diptych"):
         async with Pool(registry, QUICK) as pool:
             lease = await registry.register(info(context))
             assert await pool.wait_until(lambda pool: bool(pool.workers), 5.0)

@@ -4,16 +4,19 @@ import asyncio
 import logging
 from contextlib import AsyncExitStack
 
+import aiohttp
 import pytest
 from aiohttp import web
 
 from diptych import block_hash
 from diptych.block_hash import pack_keys
 from diptych.discovery.static import StaticRegistry
+from diptych.errors import DiptychError
 from diptych.router.pool import Pool
 from diptych.router.prefix_follow import PrefixFollower
 from diptych.router.prefix_index import PrefixIndex
 from diptych.router.settings import Limits
+from diptych.trust import ClusterTrust
 from diptych.wire import BlockChanges, WorkerInfo
 from diptych.worker.keys import SERVICE
 from diptych.worker.kv_events import KvEventFeed
@@ -46,11 +49,12 @@ class Worker:
         self.algorithm = block_hash.ALGORITHM
         self.tells = True
         self.incarnation = "first"
+        self.trust = ClusterTrust(None)
 
     async def start(self) -> None:
         self.engine = Engine()
         self.kv_events = KvEventFeed(self.engine, self.incarnation)
-        app = web.Application()
+        app = web.Application(middlewares=[_errors])
         app[SERVICE] = self  # type: ignore[misc]
         app.add_routes([web.get("/server_info", self._info)])
         if self.tells:
@@ -71,6 +75,14 @@ class Worker:
         return web.json_response(
             {"incarnation": self.incarnation, "kv_cache_hash_algo": self.algorithm, "model": "m"}
         )
+
+
+@web.middleware
+async def _errors(request: web.Request, handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except DiptychError as error:
+        return web.json_response(error.body(), status=error.status)
 
 
 class Following:
@@ -165,3 +177,13 @@ async def test_only_workers_that_a_policy_looks_at_are_asked(follow):
     mesh.follower._concerns = lambda worker: False
     mesh.follower._adjust(mesh.follower._wanted(mesh.pool))
     assert mesh.index.worker_ids == () and mesh.follower.followed == {}
+
+
+async def test_the_cache_is_told_to_the_cluster_only(follow):
+    mesh = await follow(trust=ClusterTrust("secret"))
+    async with aiohttp.ClientSession() as session:
+        for method, path in (("GET", "/kv_events?wait_ms=0"), ("POST", "/kv_cache_events")):
+            url = f"http://127.0.0.1:{mesh.worker.port}{path}"
+            async with session.request(method, url) as response:
+                assert response.status == 403
+    assert mesh.index.worker_ids == ()

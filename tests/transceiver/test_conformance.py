@@ -455,5 +455,5 @@ def wait_until(condition, complaint: str) -> None:
     limit = time.monotonic() + 5
     pause = threading.Event()
     while not condition():
-        assert time.monotonic() < limit, complaint
+        assert time.monotonic() < limit, f"{complaint}; now {footprint()}"
         pause.wait(0.01)

@@ -4,9 +4,10 @@ from collections import deque
 
 import pytest
 
+from diptych.block_hash import block_keys, unpack_keys
 from diptych.transceiver.metrics import TransceiverMetrics
 from diptych.transceiver.settings import FetchDone, FetchFailed, LeaseEnded
-from diptych.wire import Abort, Release, SamplingParams, Shutdown, Submit
+from diptych.wire import Abort, Release, SamplingParams, Shutdown, StoredBlock, Submit, WatchBlocks
 from diptych.worker.blocks import BlockPool
 from diptych.worker.engine import Engine
 from diptych.worker.scheduler import Drawn, Scheduler, SchedulerLimits
@@ -166,3 +167,22 @@ def test_statistics_say_where_the_blocks_are(parts):
     stats = [message.stats for message in link.sent if message.stats][-1]
     total = stats.free_blocks + stats.cached_blocks + stats.active_blocks + stats.leased_blocks
     assert total == stats.total_blocks == 16 and stats.generation_tokens == 3
+
+
+def test_who_listens_hears_what_enters_the_cache_and_first_what_is_in_it(parts):
+    engine, link, _, _ = parts
+    run(engine, link, submit("before"))
+    assert all(message.blocks is None for message in link.sent), "nobody listens"
+    link.sent.clear()
+    run(engine, link, WatchBlocks(enabled=True, with_tokens=True))
+    (told,) = [message.blocks for message in link.sent if message.blocks is not None]
+    assert told.reset and list(unpack_keys(told.stored)) == block_keys([1, 2, 3, 4], 4)
+    link.sent.clear()
+    run(engine, link, submit("after", prompt=(1, 2, 3, 4, 9, 9, 9, 9, 9)))
+    (told,) = [message.blocks for message in link.sent if message.blocks is not None]
+    first, second = block_keys([1, 2, 3, 4, 9, 9, 9, 9], 4)
+    assert not told.reset and list(unpack_keys(told.stored)) == [second]
+    assert told.described == [StoredBlock(second, first, [9, 9, 9, 9])]
+    link.sent.clear()
+    run(engine, link, WatchBlocks(enabled=False), submit("unheard", prompt=(7, 7, 7, 7, 7)))
+    assert all(message.blocks is None for message in link.sent)

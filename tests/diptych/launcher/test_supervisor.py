@@ -93,6 +93,18 @@ async def test_starts_all_waits_and_stops_all(folder: Path):
     assert any(line.startswith("up     | ready after") for line in box.lines)
 
 
+async def test_the_router_gets_its_routing_settings(folder: Path):
+    routing = {"type": "kv_cache_aware", "load_weight": 1.0}
+    conditional = {"max_local_prefill_length": 7}
+    box = Box(generation_servers={"router": routing}, conditional_disagg_config=conditional)
+    async with box.supervisor as supervisor:
+        await supervisor.wait_ready()
+        _, text = json.loads((folder / "router.args").read_text())
+    settings = yaml.safe_load(text)
+    assert settings["generation_servers"]["router"] == routing
+    assert settings["conditional_disagg_config"] == conditional
+
+
 async def test_without_router(folder: Path):
     data = {"model": "m", "context_servers": {}, "generation_servers": {}}
     supervisor = Supervisor(

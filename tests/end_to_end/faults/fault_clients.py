@@ -130,9 +130,14 @@ def assert_same(outcome: Outcome, expected: Outcome) -> None:
     """The whole answer, once, as if nothing had happened."""
     assert outcome.errors == [], outcome.errors
     assert outcome.dones == 1
-    assert {index: len(choice.ends) for index, choice in outcome.choices.items()} == dict.fromkeys(expected.choices, 1)
+    assert {index: len(choice.ends) for index, choice in outcome.choices.items()} == dict.fromkeys(
+        expected.choices, 1
+    )
     assert outcome == expected
 
 
 def session() -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE_S), connector=aiohttp.TCPConnector(limit=0, force_close=True))
+    return aiohttp.ClientSession(
+        timeout=aiohttp.ClientTimeout(total=PATIENCE_S),
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
+    )

@@ -15,8 +15,13 @@ REST_S = 2.0  # blocks are back so soon after the last request or the last fault
 class FaultMesh:
     def __init__(self, started: Mesh) -> None:
         self.mesh = started
-        self.contexts = [started.worker(f"context{n}", "CONTEXT", drain_timeout_s=30) for n in range(2)]
-        self.generations = [started.worker(f"generation{n}", "GENERATION", drain_timeout_s=30) for n in range(2)]
+        self.contexts = [
+            started.worker(f"context{n}", "CONTEXT", num_threads=1, drain_timeout_s=30) for n in range(2)
+        ]
+        self.generations = [
+            started.worker(f"generation{n}", "GENERATION", num_threads=1, drain_timeout_s=30)
+            for n in range(2)
+        ]
         self.router = started.router("router", self.contexts, self.generations)
         self.paused: set[Server] = set()
         self._expected: dict[tuple[str, int], Outcome] = {}
@@ -53,7 +58,9 @@ class FaultMesh:
         found = [worker for group in info["current_workers"].values() for worker in group]
         return {f"http://{worker['host']}:{worker['port']}": worker["state"] for worker in found}
 
-    def wait_state(self, worker: Server, state: str, timeout_s: float = 20.0, router: Server | None = None) -> None:
+    def wait_state(
+        self, worker: Server, state: str, timeout_s: float = 20.0, router: Server | None = None
+    ) -> None:
         wait_for(f"{worker.name} {state}", lambda: self.states(router).get(worker.url) == state, timeout_s)
 
     def wait_known(self, router: Server | None = None) -> None:
@@ -92,11 +99,20 @@ class FaultMesh:
         request_id = secrets.token_hex(8)
         async with session() as client:
             url = (router or self.router).url
-            outcome = await stream(client, url, body_of("greedy", 3), headers={**headers, "X-Request-ID": request_id})
+            outcome = await stream(
+                client, url, body_of("greedy", 3), headers={**headers, "X-Request-ID": request_id}
+            )
             assert outcome.dones == 1 and not outcome.errors, outcome.errors
         (context,) = [worker for worker in self.contexts if _served(worker, request_id)]
         (generation,) = [worker for worker in self.generations if _served(worker, request_id)]
         return context, generation
+
+    async def end_probation(self, headers: dict[str, str]) -> None:
+        """The owners of this session take more than one leg at once again."""
+        async with session() as client:
+            for _ in range(7):
+                outcome = await stream(client, self.router.url, body_of("greedy", 2), headers=headers)
+                assert outcome.dones == 1 and not outcome.errors, outcome.errors
 
 
 def is_at_rest(worker: Server) -> bool:

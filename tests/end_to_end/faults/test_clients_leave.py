@@ -82,7 +82,9 @@ async def storm(faults, *, clients: int, num_prompt: int, rounds: int, seed: int
             broken = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
             assert not broken, broken[:3]
         async with session() as client:
-            probe = await asyncio.wait_for(stream(client, faults.router.url, body_of("greedy", 8)), 2.0 + BUSY_S)
+            probe = await asyncio.wait_for(
+                stream(client, faults.router.url, body_of("greedy", 8)), 2.0 + BUSY_S
+            )
             assert_same(probe, expected)
         faults.wait_rest()
     for worker, before in free.items():
@@ -102,7 +104,7 @@ async def test_a_great_storm_of_cancels(faults):
 
 async def test_a_generation_worker_refuses_what_the_context_worker_took(faults):
     """Its limits are smaller: the client has its error, and the tickets are returned at once."""
-    small = faults.mesh.worker("small", "GENERATION", max_seq_len=64)
+    small = faults.mesh.worker("small", "GENERATION", num_threads=1, max_seq_len=64)
     router = faults.mesh.router("small_router", faults.contexts, [small])
     small.wait_ready()
     router.wait_ready()

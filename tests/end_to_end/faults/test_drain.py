@@ -23,7 +23,9 @@ async def test_sigterm_in_the_middle_of_a_stream(faults, sticky):
             if number == 8:
                 for _ in range(3):
                     request = body_of("greedy", NUM_TOKENS)
-                    others.append(asyncio.create_task(stream(client, faults.router.url, request, headers=sticky)))
+                    others.append(
+                        asyncio.create_task(stream(client, faults.router.url, request, headers=sticky))
+                    )
 
         resumed = faults.router.metric("gen_resumed_streams_total")
         outcome = await stream(
@@ -38,12 +40,12 @@ async def test_sigterm_in_the_middle_of_a_stream(faults, sticky):
 
 async def test_streams_that_outlast_the_drain_move(faults):
     """A worker with half a second to drain."""
-    hasty = faults.mesh.worker("hasty", "GENERATION", drain_timeout_s=0.5)
+    hasty = faults.mesh.worker("hasty", "GENERATION", num_threads=1, drain_timeout_s=0.5)
     router = faults.mesh.router("hasty_router", faults.contexts, [hasty])
     hasty.wait_ready()
     router.wait_ready()
     names = ["greedy", "seeded", "logprobs"]
-    num_tokens = 250
+    num_tokens = 120
     expected = {name: await faults.expected(name, num_tokens) for name in names}
     seen = dict.fromkeys(names, 0)
 
@@ -72,7 +74,9 @@ async def test_sigterm_of_a_context_worker_with_a_prefill_and_a_ticket(faults, s
     victim, generation = await faults.owners(sticky)
     faults.pause(generation)
     async with session() as client:
-        call = asyncio.create_task(stream(client, faults.router.url, body_of("greedy", NUM_TOKENS), headers=sticky))
+        call = asyncio.create_task(
+            stream(client, faults.router.url, body_of("greedy", NUM_TOKENS), headers=sticky)
+        )
         await until("the ticket", lambda: victim.blocks()["leased"] > 0)
         victim.process.send_signal(signal.SIGTERM)
         other = asyncio.create_task(stream(client, faults.router.url, body_of("greedy", NUM_TOKENS)))
@@ -98,7 +102,9 @@ async def test_every_worker_is_restarted_under_load(faults):
             worker.process.send_signal(signal.SIGTERM)
             assert await asyncio.to_thread(worker.process.wait, 30) == 0
             await asyncio.to_thread(worker.start().wait_ready)
-            await until("the router to know", lambda worker=worker: faults.states().get(worker.url) == "READY")
+            await until(
+                "the router to know", lambda worker=worker: faults.states().get(worker.url) == "READY"
+            )
         done.set()
         await asyncio.gather(*clients)
     for outcome in outcomes:

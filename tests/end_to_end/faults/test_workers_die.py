@@ -5,6 +5,7 @@ import asyncio
 import pytest
 from fault_clients import BODIES, CHAT, COMPLETION, STORY, assert_same, body_of, session, stream
 from fault_mesh import until
+from mesh import Server
 
 NUM_TOKENS = 40
 
@@ -22,7 +23,9 @@ async def test_generation_worker_dies_in_the_middle_of_streams(faults, sticky):
                 if all(event.is_set() for event in started.values()):
                     victim.kill()
 
-        return await stream(client, faults.router.url, body_of(name, NUM_TOKENS), headers=sticky, on_event=on_event)
+        return await stream(
+            client, faults.router.url, body_of(name, NUM_TOKENS), headers=sticky, on_event=on_event
+        )
 
     async with session() as client:
         outcomes = await asyncio.gather(*(one(client, name) for name in BODIES))
@@ -32,21 +35,24 @@ async def test_generation_worker_dies_in_the_middle_of_streams(faults, sticky):
     assert faults.states()[victim.url] == "DOWN"
 
 
-@pytest.mark.parametrize("at", [1, 2, NUM_TOKENS - 1, NUM_TOKENS])
-async def test_generation_worker_dies_at_a_token(faults, sticky, at):
-    """At its first step, and around the last token."""
+@pytest.mark.parametrize(
+    ("at", "kill"), [(1, Server.kill), (20, Server.kill_engine), (NUM_TOKENS - 1, Server.kill)]
+)
+async def test_generation_worker_dies_at_a_token(faults, sticky, at, kill):
+    """At its first step, with its HTTP process left alive to break off the stream, and before its last token."""
     expected = await faults.expected("greedy", NUM_TOKENS)
     _, victim = await faults.owners(sticky)
 
     def on_event(number):
         if number == at:
-            victim.kill()
+            kill(victim)
 
     async with session() as client:
         outcome = await stream(
             client, faults.router.url, body_of("greedy", NUM_TOKENS), headers=sticky, on_event=on_event
         )
     assert_same(outcome, expected)
+    assert await asyncio.to_thread(victim.process.wait, 10) != 0
 
 
 async def test_generation_worker_dies_while_it_waits_for_kv(faults, sticky):
@@ -54,7 +60,9 @@ async def test_generation_worker_dies_while_it_waits_for_kv(faults, sticky):
     context, victim = await faults.owners(sticky)
     faults.pause(victim)  # so that it does not fetch
     async with session() as client:
-        call = asyncio.create_task(stream(client, faults.router.url, body_of("seeded", NUM_TOKENS), headers=sticky))
+        call = asyncio.create_task(
+            stream(client, faults.router.url, body_of("seeded", NUM_TOKENS), headers=sticky)
+        )
         await until("the ticket", lambda: context.blocks()["leased"] > 0)
         victim.kill()
         faults.paused.discard(victim)
@@ -97,7 +105,9 @@ async def test_whole_requests_go_on_when_there_are_no_context_workers(faults, st
             if min(seen.values()) >= 6 and victim.process.poll() is None:
                 victim.kill()
 
-        return await stream(client, faults.router.url, body_of(name, NUM_TOKENS), headers=sticky, on_event=on_event)
+        return await stream(
+            client, faults.router.url, body_of(name, NUM_TOKENS), headers=sticky, on_event=on_event
+        )
 
     async with session() as client:
         outcomes = await asyncio.gather(*(one(client, name) for name in names))
@@ -109,13 +119,20 @@ async def test_whole_requests_go_on_when_there_are_no_context_workers(faults, st
 async def test_context_worker_dies_with_prefills_running_and_queued(faults, sticky):
     expected = await faults.expected("greedy", NUM_TOKENS)
     victim, _ = await faults.owners(sticky)
+    await faults.end_probation(sticky)
     requests = [body_of("greedy", 8, prompt=f"{number} {STORY}" * 200) for number in range(4)]
 
     async with session() as client:
-        calls = [asyncio.create_task(stream(client, faults.router.url, request, headers=sticky)) for request in requests]
+        calls = [
+            asyncio.create_task(stream(client, faults.router.url, request, headers=sticky))
+            for request in requests
+        ]
         await until(
             "prefills running and queued",
-            lambda: victim.metric("trtllm_num_requests_running") + victim.metric("trtllm_num_requests_waiting") == 4,
+            lambda: (
+                victim.metric("trtllm_num_requests_running") + victim.metric("trtllm_num_requests_waiting")
+                == 4
+            ),
         )
         victim.kill()
         outcomes = await asyncio.gather(*calls)
@@ -134,7 +151,9 @@ async def test_context_worker_dies_before_its_ticket_is_fetched(faults, sticky, 
     victim, generation = await faults.owners(sticky)
     faults.pause(generation)
     async with session() as client:
-        call = asyncio.create_task(stream(client, faults.router.url, body_of(name, NUM_TOKENS), headers=sticky))
+        call = asyncio.create_task(
+            stream(client, faults.router.url, body_of(name, NUM_TOKENS), headers=sticky)
+        )
         await until("the ticket", lambda: victim.blocks()["leased"] > 0)
         victim.kill()
         faults.resume(generation)

@@ -23,7 +23,9 @@ async def test_generation_worker_hangs_in_the_middle_of_streams(faults, sticky):
             if min(seen.values()) >= 5 and victim not in faults.paused:
                 faults.pause(victim)
 
-        return await stream(client, faults.router.url, body_of(name, NUM_TOKENS), headers=sticky, on_event=on_event)
+        return await stream(
+            client, faults.router.url, body_of(name, NUM_TOKENS), headers=sticky, on_event=on_event
+        )
 
     async with session() as client:
         outcomes = await asyncio.gather(*(one(client, name) for name in names))
@@ -37,7 +39,10 @@ async def test_generation_worker_hangs_in_the_middle_of_streams(faults, sticky):
         faults.resume(victim)
         faults.wait_state(victim, "READY")
         faults.wait_rest(victim)
-        assert_same(await stream(client, faults.router.url, body_of("greedy", NUM_TOKENS), headers=sticky), expected["greedy"])
+        assert_same(
+            await stream(client, faults.router.url, body_of("greedy", NUM_TOKENS), headers=sticky),
+            expected["greedy"],
+        )
 
 
 async def test_generation_worker_hangs_before_it_answers(faults, sticky):
@@ -56,7 +61,9 @@ async def test_context_worker_hangs_in_the_middle_of_a_prefill(faults, sticky):
     victim, _ = await faults.owners(sticky)
     prompt = STORY * 300
     async with session() as client:
-        call = asyncio.create_task(stream(client, faults.router.url, body_of("greedy", 8, prompt=prompt), headers=sticky))
+        call = asyncio.create_task(
+            stream(client, faults.router.url, body_of("greedy", 8, prompt=prompt), headers=sticky)
+        )
         await until("the prefill", lambda: victim.metric("trtllm_num_requests_running") == 1)
         faults.pause(victim)
         outcome = await call

@@ -1,0 +1,124 @@
+"""Random faults under load, for long: DIPTYCH_SOAK_MINUTES (30) and DIPTYCH_SOAK_SEED (1).
+
+Never two workers of one role at a time; everything else may meet. Prints requests, faults and violations.
+"""
+
+import asyncio
+import os
+import random
+import signal
+from collections import Counter
+
+import pytest
+from fault_clients import BODIES, assert_same, body_of, session, stream
+from fault_mesh import until
+
+NUM_TOKENS = 60
+NUM_CLIENTS = 4
+MINUTES = float(os.environ.get("DIPTYCH_SOAK_MINUTES", "30"))
+SEED = int(os.environ.get("DIPTYCH_SOAK_SEED", "1"))
+
+
+class Soak:
+    def __init__(self, faults) -> None:
+        self.faults = faults
+        self.rng = random.Random(SEED)
+        self.stop = asyncio.Event()
+        self.counts: Counter[str] = Counter()
+        self.violations: list[str] = []
+        self.longest_stall_s = 0.0
+        self.expected = {}
+
+    async def run(self) -> None:
+        self.expected = {name: await self.faults.expected(name, NUM_TOKENS) for name in BODIES}
+        loop = asyncio.get_running_loop()
+        loop.call_later(MINUTES * 60, self.stop.set)
+        jobs = [self._clients(number) for number in range(NUM_CLIENTS)]
+        jobs += [
+            self._break(self.faults.contexts),
+            self._break(self.faults.generations),
+            self._watch_blocks(),
+        ]
+        await asyncio.gather(*jobs)
+
+    async def _clients(self, number: int) -> None:
+        rng = random.Random(SEED * 1000 + number)
+        async with session() as client:
+            while not self.stop.is_set():
+                name = rng.choice(list(BODIES))
+                leaves_at = rng.randrange(1, NUM_TOKENS) if rng.random() < 0.1 else None
+                await self._request(client, name, leaves_at)
+
+    async def _request(self, client, name: str, leaves_at: int | None) -> None:
+        loop = asyncio.get_running_loop()
+
+        def leave(number: int) -> None:
+            if number == leaves_at:
+                call.cancel()
+
+        request = body_of(name, NUM_TOKENS)
+        call = loop.create_task(stream(client, self.faults.router.url, request, on_event=leave))
+        try:
+            outcome = await call
+            self.counts["requests"] += 1
+            self.longest_stall_s = max(self.longest_stall_s, outcome.stall_s)
+            assert_same(outcome, self.expected[name])
+        except asyncio.CancelledError:
+            self.counts["requests left by their client"] += 1
+        except Exception as error:
+            self.counts["requests"] += 1
+            self.violations.append(f"{name}: {type(error).__name__}: {error}")
+
+    async def _break(self, workers) -> None:
+        while not self.stop.is_set():
+            worker = self.rng.choice(workers)
+            kind = self.rng.choice(["kill -9", "SIGSTOP", "SIGTERM", "engine killed"])
+            self.counts[kind] += 1
+            if kind == "SIGSTOP":
+                self.faults.pause(worker)
+                await asyncio.sleep(self.rng.choice([0.3, 2.0, 8.0]))
+                self.faults.resume(worker)
+            else:
+                await self._end(worker, kind)
+                worker.start()
+            await until(f"{worker.name} READY", lambda worker=worker: self._is_ready(worker), 120.0)
+            await asyncio.sleep(self.rng.uniform(0.0, 3.0))
+
+    async def _end(self, worker, kind: str) -> None:
+        if kind == "kill -9":
+            worker.kill()
+        elif kind == "engine killed":
+            worker.kill_engine()
+        else:
+            worker.process.send_signal(signal.SIGTERM)
+        code = await asyncio.to_thread(worker.process.wait, 60)
+        if kind == "SIGTERM" and code != 0:
+            self.violations.append(f"{worker.name} ended with {code} after SIGTERM")
+
+    def _is_ready(self, worker) -> bool:
+        return self.faults.states().get(worker.url) == "READY"
+
+    async def _watch_blocks(self) -> None:
+        """Whatever happens, no block is lost or owned twice."""
+        while not self.stop.is_set():
+            for worker, total in self.faults.totals.items():
+                try:
+                    held = await asyncio.to_thread(lambda worker=worker: sum(worker.blocks().values()))
+                except AssertionError:
+                    continue  # it is down
+                if held not in (0, total):  # 0: it is loading
+                    self.violations.append(f"{worker.name} has {held} blocks of {total}")
+            await asyncio.sleep(1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(MINUTES * 60 + 600)
+async def test_random_faults_under_load(faults):
+    soak = Soak(faults)
+    await soak.run()
+    faults.wait_rest()
+    resumed = faults.router.metric("gen_resumed_streams_total")
+    print(f"\n{MINUTES:g} minutes, seed {SEED}: {dict(soak.counts)}")
+    print(f"streams resumed: {resumed:.0f}; longest stall {soak.longest_stall_s:.2f} s")
+    print(f"violations: {len(soak.violations)}", *soak.violations[:20], sep="\n  ")
+    assert soak.violations == []

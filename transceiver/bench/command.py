@@ -1,0 +1,52 @@
+"""The command behind `trtllm-serve kv-bench`: settings in, table, JSON and plot out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from diptych.errors import ConfigError
+from diptych.transceiver.bench.cases import TOKENS, suite
+
+_TRANSPORTS = {"cpu": ("shm", "tcp"), "cuda": ("cuda_ipc", "tcp")}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchSettings:
+    device: str | None = None  # None: cuda where there is a GPU
+    shape: str | None = None  # None: 8b on GPUs, 135m else
+    tokens: tuple[int, ...] = ()
+    transports: tuple[str, ...] = ()
+    rounds: int = 9
+    output: Path | None = None
+    plot: Path | None = None
+
+
+def run(settings: BenchSettings) -> None:
+    device = settings.device or ("cuda" if Path("/dev/nvidiactl").exists() else "cpu")
+    shape = settings.shape or ("8b" if device == "cuda" else "135m")
+    transports = settings.transports or _TRANSPORTS[device]
+    wrong = set(transports) - set(_TRANSPORTS[device])
+    if wrong:
+        raise ConfigError(
+            f"--transport is {', '.join(sorted(wrong))}, allowed with device {device} are "
+            f"{', '.join(_TRANSPORTS[device])}"
+        )
+    tokens = settings.tokens or (TOKENS if device == "cuda" else TOKENS[:-1])
+    planned = suite(shape, tuple(sorted(tokens)), transports, on_gpu=device == "cuda")
+
+    from diptych.transceiver.bench.report import plot, table, write_json
+    from diptych.transceiver.bench.run import prepare
+
+    bench = prepare(planned, device)
+    rows = []
+    try:
+        for case in planned.cases:
+            rows.append(bench.measure(case, settings.rounds))
+            click.echo(table(rows[-1:]).splitlines()[1] if len(rows) > 1 else table(rows))
+    finally:
+        bench.close()
+    if settings.output is not None:
+        write_json(settings.output, rows, shape, device, settings.rounds)
+    if settings.plot is not None:
+        plot(settings.plot, rows, shape)

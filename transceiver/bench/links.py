@@ -1,0 +1,80 @@
+"""What the link between two processes does at best: one plain copy of contiguous bytes, timed as transfers are."""
+
+import ctypes
+import socket
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from diptych.errors import TransferError
+from diptych.transceiver.bench.owner import REQUEST
+from diptych.transceiver.host_region import HostRegion
+from diptych.transceiver.pool import KvPool
+from diptych.transceiver.pool_memory import PoolMemory
+
+_POLL_S = 20e-6
+_TIMEOUT_S = 60.0
+
+# A copy of so many bytes; the seconds that it took.
+PlainCopy = Callable[[int], float]
+
+
+def plain_socket(port: int) -> PlainCopy:
+    sock = socket.create_connection(("127.0.0.1", port), timeout=_TIMEOUT_S)
+    sock.settimeout(None)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    scratch = np.zeros(64 << 20, np.uint8)
+
+    def copy(num_bytes: int) -> float:
+        started = time.perf_counter()
+        sock.sendall(REQUEST.pack(num_bytes))
+        left = num_bytes
+        while left:
+            left -= sock.recv_into(scratch[: min(left, len(scratch))].data, 0, socket.MSG_WAITALL)
+        return time.perf_counter() - started
+
+    return copy
+
+
+def memcpy(region: HostRegion, memory: PoolMemory) -> PlainCopy:
+    view = region.open()
+
+    def copy(num_bytes: int) -> float:
+        started = time.perf_counter()
+        np.copyto(memory.data[:num_bytes], view.data[:num_bytes])
+        return time.perf_counter() - started
+
+    return copy
+
+
+def peer_copy(region: HostRegion, memory: KvPool) -> PlainCopy:
+    """cudaMemcpy from the owner's GPU, by the copy engines."""
+    import torch
+
+    from diptych.transceiver.device_pool import NOTE, DevicePool
+
+    assert isinstance(memory, DevicePool)
+    view = region.open()
+    handle, _ = NOTE.unpack_from(view.note.data)
+    source, stream = memory.driver.open(handle), torch.cuda.Stream(memory.device)
+    library = ctypes.CDLL("libcuda.so.1")
+    library.cuMemcpyDtoDAsync_v2.argtypes = [
+        ctypes.c_uint64,
+        ctypes.c_uint64,
+        ctypes.c_size_t,
+        ctypes.c_void_p,
+    ]
+
+    def copy(num_bytes: int) -> float:
+        done = torch.cuda.Event()
+        started = time.perf_counter()
+        code = library.cuMemcpyDtoDAsync_v2(memory.pointer, source, num_bytes, stream.cuda_stream)
+        if code:
+            raise TransferError(f"the plain copy failed with CUDA error {code}", code="internal")
+        done.record(stream)
+        while not done.query():
+            time.sleep(_POLL_S)
+        return time.perf_counter() - started
+
+    return copy
