@@ -22,7 +22,6 @@ EXCEPTIONS = {"diptych/cli.py": {"router", "worker", "transceiver"}}
 # Third parties stay behind one door each.
 DOORS = {
     "torch": ("worker/", "transceiver/", "kernels/"),
-    "etcd3aio": ("diptych/discovery/",),
     "flashinfer": ("kernels/",),
     "triton": ("kernels/",),
     "nixl": ("transceiver/nixl.py",),

@@ -90,17 +90,13 @@ class Server:
 
     def metric(self, name: str, **labels: str) -> float:
         """One Prometheus value, by its name and labels."""
-        text = get(f"{self.url}/prometheus/metrics") or ""
-        for line in text.splitlines():
-            if line.startswith(name) and all(f'{key}="{value}"' in line for key, value in labels.items()):
-                return float(line.rpartition(" ")[2])
-        raise AssertionError(f"{self.name} has no metric {name} {labels}")
+        return _metric(get(f"{self.url}/prometheus/metrics") or "", name, labels)
 
     def blocks(self) -> dict[str, float]:
-        return {
-            state: self.metric("diptych_kv_blocks", state=state)
-            for state in ("free", "cached", "active", "leased")
-        }
+        """KV blocks by state, all of one moment."""
+        text = get(f"{self.url}/prometheus/metrics") or ""
+        states = ("free", "cached", "active", "leased")
+        return {state: _metric(text, "diptych_kv_blocks", {"state": state}) for state in states}
 
     def kill(self) -> None:
         """SIGKILL for the process and its children, as when a machine dies."""
@@ -130,6 +126,13 @@ class Server:
             except subprocess.TimeoutExpired:
                 self.kill()
         return self.process.returncode
+
+
+def _metric(text: str, name: str, labels: dict[str, str]) -> float:
+    for line in text.splitlines():
+        if line.startswith(name) and all(f'{key}="{value}"' in line for key, value in labels.items()):
+            return float(line.rpartition(" ")[2])
+    raise AssertionError(f"there is no metric {name} {labels}")
 
 
 class Mesh:

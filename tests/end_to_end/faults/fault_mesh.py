@@ -6,6 +6,7 @@ invariants are asserted: blocks conserved and at rest on every living worker, he
 
 import asyncio
 import secrets
+
 from fault_clients import Outcome, body_of, session, stream
 from mesh import Mesh, Server, get, wait_for
 
