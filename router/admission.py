@@ -90,7 +90,9 @@ class Admission:
                 continue
             left_s = turn.deadline - self._clock()
             if self._needed_s > left_s:
-                reason = f"A request takes {self._needed_s:.1f} s, and the deadline is in {max(0.0, left_s):.1f} s"
+                reason = (
+                    f"A request takes {self._needed_s:.1f} s, and the deadline is in {max(0.0, left_s):.1f} s"
+                )
                 turn.came.set_exception(self._refuse(reason, self._wait_s(self.waiting)))
             else:
                 self.running += 1

@@ -96,8 +96,8 @@ class Fetcher:
         finally:
             # When a link has ended meanwhile, the lease has too: the owner is gone, or saw this reader
             # leave.
-            for link in links:
-                link.finish(ticket.ticket_id, complete=complete)
+            for link, ticket_id in links:
+                link.finish(ticket_id, complete=complete)
         return FetchDone(
             fetch.fetch_id,
             copied.bytes,
@@ -109,8 +109,8 @@ class Fetcher:
     def decline(self, ticket: bytes) -> None:
         """The fetch never began: tell the owner, so that it need not wait for the lease's end."""
         decoded = tickets.decode(ticket)
-        for link in self._begin(decoded):
-            link.finish(decoded.ticket_id, complete=False)
+        for link, ticket_id in self._begin(decoded):
+            link.finish(ticket_id, complete=False)
 
     def close(self) -> None:
         with self._lock:
@@ -194,15 +194,19 @@ class Fetcher:
             require_digests(found, [rank.digests[i] for i in plan.positions], plan.complete)
         return transfer
 
-    def _begin(self, ticket: Ticket) -> list[Link]:
+    def _begin(self, ticket: Ticket) -> list[tuple[Link, str]]:
         """Every rank of the owner is told, also those that this reader takes nothing from."""
-        links = (self._begin_one(ticket, rank) for rank in ticket.owners)
-        return [link for link in links if link is not None]
+        begun = []
+        for rank in ticket.owners:
+            link = self._begin_one(rank, ticket.lease_s)
+            if link is not None:
+                begun.append((link, rank.ticket_id))
+        return begun
 
-    def _begin_one(self, ticket: Ticket, rank: OwnerRank) -> Link | None:
+    def _begin_one(self, rank: OwnerRank, lease_s: float) -> Link | None:
         for _ in range(2):  # a link that has just ended is dialled anew, once
-            link = self._link(rank, ticket.lease_s)
-            if link is None or link.begin(ticket.ticket_id):
+            link = self._link(rank, lease_s)
+            if link is None or link.begin(rank.ticket_id):
                 return link
             self._drop(link)
         return None

@@ -21,6 +21,7 @@ class OwnerRank(msgspec.Struct, frozen=True, kw_only=True):
     Block ids and generation numbers are the same on all ranks: one scheduler hands them out.
     """
 
+    ticket_id: str  # of the rank's own lease
     incarnation: str  # of the process that owns the blocks
     layout: KvLayout
     fingerprint: str
@@ -54,6 +55,7 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
 
     def first_rank(self) -> OwnerRank:
         return OwnerRank(
+            ticket_id=self.ticket_id,
             incarnation=self.incarnation,
             layout=self.layout,
             fingerprint=self.fingerprint,

@@ -21,6 +21,7 @@ from diptych.kv_layout import KvLayout
 from diptych.model_source import model_digest
 from diptych.wire import EngineFailed, EngineProgress, EngineReady
 from diptych.worker.blocks import BlockPool
+from diptych.worker.kv_memory import create_pool, num_blocks, require_device, usable_transports
 from diptych.worker.link import EngineLink
 from diptych.worker.scheduler import Scheduler, SchedulerLimits
 from diptych.worker.settings import EngineSettings
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_DEFAULT_CPU_POOL_BYTES = 512 << 20
 _PR_SET_PDEATHSIG = 1
 _PROGRESS_STEP = 0.05
 
@@ -72,14 +72,13 @@ def _build(settings: EngineSettings, link: EngineLink) -> "Engine":
     link.send(EngineProgress(message="importing torch"))
     import torch
 
-    from diptych.transceiver.pool_memory import PoolMemory
     from diptych.transceiver.settings import TransceiverSettings
     from diptych.transceiver.transceiver import Transceiver
-    from diptych.worker.cache import pool_tensor
     from diptych.worker.engine import Engine
     from diptych.worker.runner import ModelRunner
     from diptych.worker.sampler import Sampler
 
+    require_device(settings.device)
     torch.set_num_threads(settings.num_threads)
     torch.set_grad_enabled(False)
     path = Path(settings.model_path)
@@ -93,14 +92,14 @@ def _build(settings: EngineSettings, link: EngineLink) -> "Engine":
         inner=model.inner,
         model="dummy" if settings.load_format == "dummy" else model_digest(path),
     )
-    num_blocks = _num_blocks(settings, layout)
-    link.send(EngineProgress(message=f"allocating {num_blocks} KV blocks"))
-    memory = PoolMemory.create(layout, num_blocks, settings.incarnation)
-    model.bind(pool_tensor(memory, layout))
+    count = num_blocks(settings, layout)
+    link.send(EngineProgress(message=f"allocating {count} KV blocks"))
+    memory, tensor = create_pool(settings, layout, count)
+    model.bind(tensor)
     max_seq_len = min(
         settings.max_seq_len or config.max_position_embeddings,
         config.max_position_embeddings,
-        num_blocks * layout.tokens_per_block,
+        count * layout.tokens_per_block,
     )
     eos = frozenset(config.eos_token_ids)
     limits = SchedulerLimits(
@@ -111,12 +110,12 @@ def _build(settings: EngineSettings, link: EngineLink) -> "Engine":
         capacity_policy=settings.capacity_policy,
         eos_token_ids=eos,
     )
-    pool = BlockPool(num_blocks, reuse=settings.enable_block_reuse, generations=memory.generations)
+    pool = BlockPool(count, reuse=settings.enable_block_reuse, generations=memory.generations)
     transceiver = Transceiver(
         memory,
         layout,
         TransceiverSettings(
-            backends=settings.transports,
+            backends=usable_transports(settings),
             bind_host=settings.transceiver_host,
             lease_s=settings.lease_s,
             timeout_s=settings.kv_transfer_timeout_s,
@@ -138,7 +137,7 @@ def _build(settings: EngineSettings, link: EngineLink) -> "Engine":
             max_seq_len=max_seq_len,
             vocab_size=config.vocab_size,
             layout=msgspec.to_builtins(layout) | {"fingerprint": layout.fingerprint()},
-            num_blocks=num_blocks,
+            num_blocks=count,
             kernel=model.kernel_name,
             load_s=time.monotonic() - started,
         )
@@ -180,21 +179,6 @@ def _load(settings: EngineSettings, path: Path, link: EngineLink) -> "tuple[Mode
         log.exception("loading %s failed", path)
         raise ModelLoadError(f"cannot load the model at {path}: {type(error).__name__}: {error}") from error
     return config, model
-
-
-def _num_blocks(settings: EngineSettings, layout: KvLayout) -> int:
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if settings.max_kv_tokens is not None:
-        wanted = -(-settings.max_kv_tokens // layout.tokens_per_block)
-    else:
-        budget = min(_DEFAULT_CPU_POOL_BYTES, int(available * settings.kv_memory_fraction))
-        wanted = budget // layout.block_bytes
-    if wanted < 1 or wanted * layout.block_bytes > available:
-        raise StartupError(
-            f"{wanted} KV blocks of {layout.block_bytes >> 10} KiB do not fit the {available >> 20} MiB of free "
-            "memory: set kv_cache_config.max_tokens to a value that does"
-        )
-    return wanted
 
 
 if __name__ == "__main__":

@@ -2,16 +2,20 @@
 
 import os
 from pathlib import Path
+from typing import Literal
 
 from diptych.config import Hardware, LlmConfig
 from diptych.errors import ConfigError
 
+_DRIVER = Path("/dev/nvidiactl")
+
 
 def detect(config: LlmConfig) -> Hardware:
-    has_gpu = Path("/dev/nvidiactl").exists()
+    """The device that the config asks for; "auto" is a GPU where there is one that this process may see."""
+    has_gpu = _DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
     if config.device == "cuda" and not has_gpu:
-        raise ConfigError("device is cuda, but this machine has no NVIDIA driver")
-    # The GPU engine is not in this version: "auto" means the CPU.
-    return Hardware(
-        device="cuda" if config.device == "cuda" else "cpu", num_cores=len(os.sched_getaffinity(0))
-    )
+        raise ConfigError(
+            "device is cuda, but this machine has no NVIDIA driver, or CUDA_VISIBLE_DEVICES hides its GPUs"
+        )
+    device: Literal["cpu", "cuda"] = "cpu" if config.device == "cpu" or not has_gpu else "cuda"
+    return Hardware(device=device, num_cores=len(os.sched_getaffinity(0)))

@@ -106,8 +106,8 @@ class Server:
 
     def kill_engine(self) -> None:
         """SIGKILL for a worker's engine process alone."""
-        (task,) = Path(f"/proc/{self.process.pid}/task").glob(f"{self.process.pid}/children")
-        (child,) = task.read_text().split()
+        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        (child,) = (child for task in tasks for child in task.read_text().split())
         os.kill(int(child), signal.SIGKILL)
 
     def pause(self) -> None:

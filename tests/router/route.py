@@ -27,6 +27,7 @@ if __name__ == "__main__":
         Importable(
             port=int(port),
             num_workers=int(num_processes),
+            server_keep_alive_timeout=1.0,
             context_url=context_url,
             generation_url=generation_url,
         ),

@@ -88,7 +88,7 @@ async def test_refused_in_its_turn_when_it_could_not_end_in_time(clock):
     await waiters(admission, 2)
     clock.now += 7  # longer than foretold
     admission.leave(7.0, is_whole=True)
-    with pytest.raises(Overloaded, match="the deadline is in 3.0 s"):
+    with pytest.raises(Overloaded, match=r"the deadline is in 3\.0 s"):
         await late
     await next_one
     assert (admission.running, admission.refused) == (1, 1)
@@ -101,7 +101,7 @@ async def test_what_was_broken_off_counts_when_it_took_long(clock):
         await admission.enter(ANYBODY, clock.now + 100)
         admission.leave(took_s, is_whole=is_whole)
     await admission.enter(ANYBODY, clock.now + 100)
-    with pytest.raises(Overloaded, match="The wait would be 9.0 s"):
+    with pytest.raises(Overloaded, match=r"The wait would be 9\.0 s"):
         await admission.enter(ANYBODY, clock.now + 10)
 
 

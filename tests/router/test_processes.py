@@ -37,10 +37,11 @@ async def routers(context, generation):
     """Two processes; gives the supervisor and the port's URL."""
     port = free_port()
     async with router_process(context, generation, port=port, num_processes=2) as process:
+        for _ in range(2):
+            await asyncio.wait_for(process.stderr.readuntil(b"router listens on"), 20)
         drained = asyncio.create_task(process.stderr.read())  # a full pipe would stop it
         async with aiohttp.ClientSession() as session:
             await until_healthy(session, f"http://127.0.0.1:{port}")
-        await until(lambda: len(children(process.pid)) == 2)
         yield process, f"http://127.0.0.1:{port}"
         process.terminate()
         assert await asyncio.wait_for(process.wait(), 20) == 0
@@ -95,7 +96,7 @@ class Load:
 async def test_rolling_restart_under_load_shows_clients_nothing(routers, context, generation):
     process, url = routers
     before = children(process.pid)
-    async with Load(url, generation.events(skip=0)) as load:
+    async with Load(url, context.event("one") + generation.events(skip=1)) as load:
         process.send_signal(signal.SIGUSR2)
         await until(lambda: load.failures or not before & children(process.pid))
         await load.until_more(50)
@@ -127,7 +128,9 @@ async def test_a_stream_outlives_the_process_that_accepted_it(routers, context, 
         process.send_signal(signal.SIGUSR2)
         await until(lambda: len(children(process.pid) - before) == 2)
         gate.set()
-        assert (begun + await response.content.read()).decode() == generation.events(skip=0)
+        assert (begun + await response.content.read()).decode() == context.event("one") + generation.events(
+            skip=1
+        )
     await until(lambda: not before & children(process.pid))
 
 
@@ -137,6 +140,8 @@ async def test_a_process_that_dies_is_started_again(routers, context, generation
     os.kill(victim, signal.SIGKILL)
     await until(lambda: len(children(process.pid)) == 2 and victim not in children(process.pid))
     assert survivor in children(process.pid)
-    async with Load(url, generation.events(skip=0)) as load:  # connections that waited for it are served
+    async with Load(
+        url, context.event("one") + generation.events(skip=1)
+    ) as load:  # connections that waited for it are served
         pass
     assert load.failures == []

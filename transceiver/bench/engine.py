@@ -54,14 +54,13 @@ def write(memory: KvPool, offset: int, data: np.ndarray) -> None:
     memory.tensor.view(-1)[offset : offset + len(data)] = torch.from_numpy(data).to(memory.device)
 
 
-def read(memory: KvPool) -> np.ndarray:
-    """All bytes of a pool, flat."""
+def read(memory: KvPool, offset: int, num_bytes: int) -> np.ndarray:
     if isinstance(memory, PoolMemory):
-        return memory.data
+        return memory.data[offset : offset + num_bytes]
     from diptych.transceiver.device_pool import DevicePool
 
     assert isinstance(memory, DevicePool)
-    data: np.ndarray = memory.tensor.view(-1).cpu().numpy()
+    data: np.ndarray = memory.tensor.view(-1)[offset : offset + num_bytes].cpu().numpy()
     return data
 
 

@@ -44,7 +44,11 @@ class EagerModel:
         assert self._pool is not None, "bind comes before forward"
         context = StepContext.from_batch(batch, self._pool, self._config.sliding_window)
         token_ids = torch.from_numpy(batch.token_ids.astype("int64")).to(self._device, non_blocking=True)
-        return self._network.forward(token_ids, context)
+        logits = self._network.forward(token_ids, context)
+        if self._device.type == "cuda" and len(batch.logits_rows) == 0:
+            # Nobody will wait for this step's result, yet its blocks may be given away once it is over.
+            torch.cuda.synchronize(self._device)
+        return logits
 
     def close(self) -> None:
         self._pool = None

@@ -80,8 +80,8 @@ class Soak:
                 self.faults.resume(worker)
             else:
                 await self._end(worker, kind)
-                worker.start()
-            await until(f"{worker.name} READY", lambda worker=worker: self._is_ready(worker), 120.0)
+                await asyncio.to_thread(worker.start().wait_ready)
+            await until(f"{worker.name} READY", lambda worker=worker: self._is_ready(worker), 20.0)
             await asyncio.sleep(self.rng.uniform(0.0, 3.0))
 
     async def _end(self, worker, kind: str) -> None:
