@@ -7,8 +7,7 @@ answer: so there is one way for what must be fast, and one for all the rest. Kno
 
 import asyncio
 import time
-from collections.abc import Callable, Collection
-from email.utils import formatdate
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Protocol, cast
 
@@ -23,7 +22,6 @@ _HIGH_WATER = 256 * 1024
 _MAX_AHEAD = 64 * 1024  # of a client that sends its next requests before the answer
 _HEAD_S = 15.0  # for the rest of a head that has begun
 _LINGER_S = 2.0  # for a refused client to stop sending: a reset would take the answer away from it
-_SWEEP_S = 1.0
 
 
 class Serve(Protocol):
@@ -33,74 +31,18 @@ class Serve(Protocol):
         """Answers in every case but cancellation."""
 
 
-class Faces:
-    """All connections of one process; use as a protocol factory for `create_server`."""
+class Host(Protocol):
+    """What all connections of a process have in common (see faces.py)."""
 
-    def __init__(
-        self,
-        serve: Serve,
-        paths: Collection[str],
-        hand_over: Callable[[], asyncio.Protocol],
-        *,
-        max_body_bytes: int,
-        body_s: float,
-        keep_alive_s: float,
-    ) -> None:
-        """`hand_over` makes the protocol that takes what is not in `paths`; `body_s`: for a body to arrive."""
-        self.serve = serve
-        self.paths = frozenset(paths)
-        self.hand_over = hand_over
-        self.max_body_bytes = max_body_bytes
-        self.body_s = body_s
-        self.loop = asyncio.get_running_loop()
-        self.is_draining = False
-        self.open: set[Face] = set()
-        self.date_line = _date_line()
-        self._keep_alive_s = keep_alive_s
-        self._sweeper = self.loop.create_task(self._sweep(), name="faces")
-
-    def __call__(self) -> "Face":
-        return Face(self)
-
-    @property
-    def num_running(self) -> int:
-        return sum(face.is_busy for face in self.open)
-
-    async def drain(self, timeout_s: float, *, keep_idle: bool) -> None:
-        """The listener is closed already: the answer that each open connection gets yet is its last.
-
-        `keep_idle`: keep an idle connection for as long as its client may believe that it can be used.
-        """
-        self.is_draining = True
-        now = time.monotonic()
-        until, idle_until = (
-            now + timeout_s,
-            now + (min(self._keep_alive_s, timeout_s / 2) if keep_idle else 0.0),
-        )
-        while self.open and time.monotonic() < until:
-            if time.monotonic() >= idle_until:
-                self._close_idle()
-            await asyncio.sleep(0.02)
-
-    async def close(self) -> None:
-        self._sweeper.cancel()
-        running = [face.task for face in self.open if face.task is not None]
-        for face in [*self.open]:
-            face.abort()
-        await asyncio.gather(self._sweeper, *running, return_exceptions=True)
-
-    def _close_idle(self) -> None:
-        for face in [*self.open]:
-            face.close_if_idle_since(float("inf"))
-
-    async def _sweep(self) -> None:
-        while True:
-            await asyncio.sleep(_SWEEP_S)
-            self.date_line = _date_line()
-            now = time.monotonic()
-            for face in [*self.open]:
-                face.close_if_idle_since(now - self._keep_alive_s)
-                face.close_if_slow(now)
+    serve: Serve
+    paths: frozenset[str]
+    hand_over: Callable[[], asyncio.Protocol]  # makes the protocol that takes what is not in `paths`
+    max_body_bytes: int
+    body_s: float  # for a body to arrive
+    loop: asyncio.AbstractEventLoop
+    is_draining: bool
+    open: "set[Face]"
+    date_line: bytes
 
 
 class Face(asyncio.Protocol):
@@ -123,7 +65,7 @@ class Face(asyncio.Protocol):
         "is_full",
     )
 
-    def __init__(self, faces: Faces) -> None:
+    def __init__(self, faces: Host) -> None:
         self._faces = faces
         self._transport: asyncio.Transport | None = None
         self._ahead = b""  # came, and is not looked at yet
@@ -246,9 +188,8 @@ class Face(asyncio.Protocol):
             return
         self._arrived = time.monotonic()
         self._ahead = data[end + 4 :]
-        if (
-            not head.is_chunked and len(self._ahead) == head.length <= self._faces.max_body_bytes
-        ):  # nearly always
+        is_all_here = not head.is_chunked and len(self._ahead) == head.length
+        if is_all_here and head.length <= self._faces.max_body_bytes:  # nearly always
             body, self._ahead = self._ahead, b""
             self._begin(head, body)
         else:
@@ -362,7 +303,3 @@ class Face(asyncio.Protocol):
             self._since = time.monotonic()
             self.is_closing = True
             self._transport.close()
-
-
-def _date_line() -> bytes:
-    return f"Date: {formatdate(usegmt=True)}\r\n".encode()

@@ -14,7 +14,7 @@ from diptych.router.api_keys import ApiKeys
 from diptych.router.app import create_app
 from diptych.router.capacity import Capacity
 from diptych.router.edge import Edge
-from diptych.router.face import Faces
+from diptych.router.faces import Faces
 from diptych.router.flow import Flow
 from diptych.router.frontends.openai import PATHS
 from diptych.router.metrics import AdmissionGauges, Metrics, WorkerGauges

@@ -9,7 +9,7 @@ import pytest
 
 from diptych.listen import open_listener
 from diptych.router.downstream import Downstream
-from diptych.router.face import Faces
+from diptych.router.faces import Faces
 
 PATH = "/v1/completions"
 
