@@ -37,6 +37,14 @@ def _terms(words, positions):
     return (low.to(tl.uint64) * high.to(tl.uint64) + bits).to(tl.int64, bitcast=True)
 
 
+@triton.jit
+def _place(cells, tile, tiles_in_cell, tiles_in_row, TILE: tl.constexpr, SPANS: tl.constexpr):
+    """Where the tiles from number `tile` of a row on start, after the row's own start."""
+    number = tile + tl.arange(0, SPANS)
+    inside = (number % tiles_in_cell) * TILE
+    return tl.load(cells + number // tiles_in_cell, mask=number < tiles_in_row, other=0) + inside
+
+
 # Not specialised: each kind of value would be compiled anew, in the middle of a transfer.
 @triton.jit(
     do_not_specialize=["num_rows", "num_cells", "tiles_in_cell", "tiles_in_share", "shares_in_row"],
@@ -56,9 +64,10 @@ def _move(
     COPY: tl.constexpr,
     DIGEST: tl.constexpr,
 ):
-    cells = grid + 4 * num_rows
+    from_cells = grid + 4 * num_rows
+    to_cells = from_cells + num_cells
     tiles_in_row = num_cells * tiles_in_cell
-    lane = tl.arange(0, TILE)
+    lane = tl.arange(0, TILE)[None, :]
     for share in range(tl.program_id(0), num_rows * shares_in_row, tl.num_programs(0)):
         row = share // shares_in_row
         first = (share % shares_in_row) * tiles_in_share
@@ -66,22 +75,24 @@ def _move(
         row_destination = tl.load(grid + num_rows + row)
         row_inside = tl.load(grid + 2 * num_rows + row)
         total = tl.zeros([SPANS, TILE], tl.int64)
+        start = _place(from_cells, first, tiles_in_cell, tiles_in_row, TILE, SPANS)
+        end = _place(to_cells, first, tiles_in_cell, tiles_in_row, TILE, SPANS)
         for tile in range(first, min(first + tiles_in_share, tiles_in_row), SPANS):
-            number = tile + tl.arange(0, SPANS)
-            mask = (number < tiles_in_row)[:, None]
-            cell = number // tiles_in_cell
-            inside = (number % tiles_in_cell) * TILE
-            at = tl.load(cells + cell, mask=number < tiles_in_row, other=0) + inside
-            offsets = at[:, None] + lane[None, :]
-            start = tl.max_contiguous(tl.multiple_of(row_source + offsets, (1, 2)), (1, TILE))
-            words = tl.load(source + start, mask=mask, other=0)
+            mask = (tile + tl.arange(0, SPANS) < tiles_in_row)[:, None]
+            read = row_source + start[:, None] + lane
+            read = tl.max_contiguous(tl.multiple_of(read, (1, 2)), (1, TILE))
+            words = tl.load(source + read, mask=mask, other=0)
+            # The next tiles are looked up while these travel.
+            next_start = _place(from_cells, tile + SPANS, tiles_in_cell, tiles_in_row, TILE, SPANS)
             if COPY:
-                to = tl.load(cells + num_cells + cell, mask=number < tiles_in_row, other=0) + inside
-                end = row_destination + to[:, None] + lane[None, :]
-                end = tl.max_contiguous(tl.multiple_of(end, (1, 2)), (1, TILE))
-                tl.store(destination + end, words, mask=mask)
+                next_end = _place(to_cells, tile + SPANS, tiles_in_cell, tiles_in_row, TILE, SPANS)
+                written = row_destination + end[:, None] + lane
+                written = tl.max_contiguous(tl.multiple_of(written, (1, 2)), (1, TILE))
+                tl.store(destination + written, words, mask=mask)
+                end = next_end
             if DIGEST:
-                total += tl.where(mask, _terms(words, row_inside + offsets), 0)
+                total += tl.where(mask, _terms(words, row_inside + start[:, None] + lane), 0)
+            start = next_start
         if DIGEST:
             block = tl.load(grid + 3 * num_rows + row)
             tl.atomic_add(digests + block, tl.sum(tl.sum(total, 1), 0))

@@ -20,7 +20,7 @@ import torch
 from diptych.errors import ConfigError, TransferError
 from diptych.kernels.block_copy import ALIGN_BYTES, CopyGrid
 from diptych.transceiver.cuda_driver import CudaDriver, DriverError
-from diptych.transceiver.device_copy import CopySlot, DeviceCopier
+from diptych.transceiver.device_copy import DeviceCopier
 from diptych.transceiver.device_pool import NOTE, DevicePool
 from diptych.transceiver.host_region import HostRegion
 from diptych.transceiver.plan import CopyPlan
@@ -73,7 +73,6 @@ class CudaIpcTransfer:
     ) -> None:
         self._peer = peer  # keeps its memory mapped
         self._copier = copier
-        self._destination = destination
         self._plan = plan
         self._stop = stop
         self._digest = digest
@@ -82,41 +81,37 @@ class CudaIpcTransfer:
         self.seconds = 0.0
         self.generations: Generations = np.empty(0, np.uint64)
         self.digests: Digests | None = None
+        stop.check()
+        self._started = time.monotonic()
+        try:
+            self._running = copier.start(peer.pointer, destination, grid_of(plan), digest=digest)
+        except RuntimeError as error:
+            raise _gpu_failure(error) from error
 
     def wait(self) -> None:
-        started = time.monotonic()
         try:
-            self._copy()
+            self._settle()
+            self.seconds = time.monotonic() - self._started
             self._stop.check()
             self.generations = self._peer.view.generations[self._plan.source_blocks]
         except TransferError:
             self.state = TransferState.ABORTED if self._stop.aborted else TransferState.FAILED
             raise
-        finally:
-            self.seconds = time.monotonic() - started
         self.bytes = self._plan.num_bytes
         self.state = TransferState.DONE
 
     def abort(self) -> None:
         self._stop.abort()
 
-    def _copy(self) -> None:
-        self._stop.check()
-        try:
-            running = self._copier.start(
-                self._peer.pointer, self._destination, grid_of(self._plan), digest=self._digest
-            )
-            self._settle(running)
-        except RuntimeError as error:
-            raise TransferError(f"the copy on the GPU failed: {error}", code="internal") from error
-        found = self._copier.finish(running)
-        if self._digest:
-            self.digests = found
-
-    def _settle(self, running: CopySlot) -> None:
+    def _settle(self) -> None:
         """Until the GPU writes no more. No deadline: what it may still write to is nobody else's before that."""
-        while not running.done.query():
-            time.sleep(_POLL_S)
+        try:
+            while not self._running.done.query():
+                time.sleep(_POLL_S)
+        except RuntimeError as error:
+            raise _gpu_failure(error) from error
+        digests = self._copier.finish(self._running)
+        self.digests = digests if self._digest else None
 
 
 class CudaIpcTransport:
@@ -216,6 +211,10 @@ def grid_of(plan: CopyPlan) -> CopyGrid:
         length=plan.length,
         num_blocks=len(plan.source_blocks),
     )
+
+
+def _gpu_failure(error: RuntimeError) -> TransferError:
+    return TransferError(f"the copy on the GPU failed: {error}", code="internal")
 
 
 def _open(region: HostRegion, driver: CudaDriver) -> CudaIpcPeer:

@@ -72,9 +72,12 @@ class DeviceInlet:
             buffer.copied.record(self._stream)
         self._number += 1
 
+    def digests(self, plan: CopyPlan, digest_kind: DigestKind | None) -> bool:
+        return digest_kind == self._pool.digest_kind and plan.whole_blocks
+
     def finish(self, plan: CopyPlan, digest_kind: DigestKind | None) -> Digests | None:
         self.settle()
-        if digest_kind != self._pool.digest_kind or not plan.whole_blocks:
+        if not self.digests(plan, digest_kind):
             return None
         return np.array(self._pool.digest(plan.destination_blocks.tolist()), np.uint64)
 

@@ -34,6 +34,7 @@ class Fetch:
     stop: Stop
     started_at: float = field(default_factory=time.monotonic)
     transfer: Transfer | None = None
+    begun: list[tuple[Link, str]] | None = None  # owners that know of this fetch, with their ticket ids
 
     def abort(self) -> None:
         self.stop.abort()
@@ -85,7 +86,6 @@ class Fetcher:
         ticket = tickets.decode(fetch.ticket)
         complete = False
         copied = Copied()
-        links = self._begin(ticket)
         try:
             plans = [
                 (rank, self._plan(fetch, ticket, rank, part)) for rank, part in self._parts(ticket.owners)
@@ -94,10 +94,7 @@ class Fetcher:
                 self._fetch(fetch, ticket, rank, plan, copied)
             complete = True
         finally:
-            # When a link has ended meanwhile, the lease has too: the owner is gone, or saw this reader
-            # leave.
-            for link, ticket_id in links:
-                link.finish(ticket_id, complete=complete)
+            self._finish(fetch, ticket, complete=complete)
         return FetchDone(
             fetch.fetch_id,
             copied.bytes,
@@ -106,11 +103,9 @@ class Fetcher:
             "+".join(copied.transports),
         )
 
-    def decline(self, ticket: bytes) -> None:
-        """The fetch never began: tell the owner, so that it need not wait for the lease's end."""
-        decoded = tickets.decode(ticket)
-        for link, ticket_id in self._begin(decoded):
-            link.finish(ticket_id, complete=False)
+    def decline(self, fetch: Fetch) -> None:
+        """It never began: tell the owner, so that it need not wait for the lease's end."""
+        self._finish(fetch, tickets.decode(fetch.ticket), complete=False)
 
     def close(self) -> None:
         with self._lock:
@@ -182,6 +177,8 @@ class Fetcher:
         transfer = transport.start(peer, plan, fetch.stop, landed, kind)
         self._routes.use(rank, transport.name, peer.reason, reasons)
         fetch.transfer = transfer
+        # Only now: the thread that tells the owner would hold up the start of a copy.
+        self._begin(fetch, ticket)
         try:
             transfer.wait()
         finally:
@@ -194,14 +191,21 @@ class Fetcher:
             require_digests(found, [rank.digests[i] for i in plan.positions], plan.complete)
         return transfer
 
-    def _begin(self, ticket: Ticket) -> list[tuple[Link, str]]:
-        """Every rank of the owner is told, also those that this reader takes nothing from."""
-        begun = []
+    def _begin(self, fetch: Fetch, ticket: Ticket) -> None:
+        """Every rank of the owner is told, once, also those that this reader takes nothing from."""
+        if fetch.begun is not None:
+            return
+        fetch.begun = []
         for rank in ticket.owners:
             link = self._begin_one(rank, ticket.lease_s)
             if link is not None:
-                begun.append((link, rank.ticket_id))
-        return begun
+                fetch.begun.append((link, rank.ticket_id))
+
+    def _finish(self, fetch: Fetch, ticket: Ticket, *, complete: bool) -> None:
+        """When a link has ended meanwhile, the lease has too: the owner is gone, or saw this reader leave."""
+        self._begin(fetch, ticket)
+        for link, ticket_id in fetch.begun or ():
+            link.finish(ticket_id, complete=complete)
 
     def _begin_one(self, rank: OwnerRank, lease_s: float) -> Link | None:
         for _ in range(2):  # a link that has just ended is dialled anew, once

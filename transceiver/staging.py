@@ -36,6 +36,10 @@ class Inlet(Protocol):
         """What was taken last is filled."""
         ...
 
+    def digests(self, plan: CopyPlan, digest_kind: DigestKind | None) -> bool:
+        """Whether `finish` will give digests: nobody need look at what lands then."""
+        ...
+
     def finish(self, plan: CopyPlan, digest_kind: DigestKind | None) -> Digests | None:
         """All bytes are in the pool; their digests, when the pool's own device can compute them."""
         ...
@@ -85,6 +89,9 @@ class HostInlet:
 
     def put(self) -> None:
         """It is where it belongs already."""
+
+    def digests(self, plan: CopyPlan, digest_kind: DigestKind | None) -> bool:
+        return False
 
     def finish(self, plan: CopyPlan, digest_kind: DigestKind | None) -> Digests | None:
         return None  # they were looked at as they landed

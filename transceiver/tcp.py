@@ -95,7 +95,7 @@ class TcpTransfer:
         self._plan = plan
         self._spans = plan.pieces(BATCH_BYTES)
         self._stop = stop
-        self._landed = landed
+        self._landed = ignore_landed if inlet.digests(plan, digest_kind) else landed
         self._digest_kind = digest_kind
         self._settled = settled  # takes the inlet back
         self.state = TransferState.RUNNING

@@ -141,7 +141,7 @@ class Transceiver:
         fetch.abort()
         if future.cancel():  # it had not begun
             self._post(FetchFailed(fetch_id, "cancelled", "the fetch was aborted before it began"))
-            self._executor.submit(self._decline, fetch.ticket)
+            self._executor.submit(self._decline, fetch)
 
     def release(self, ticket_id: str) -> None:
         """Owner side: nobody will come for this ticket. Unknown tickets are ignored."""
@@ -197,9 +197,9 @@ class Transceiver:
             event = FetchFailed(fetch.fetch_id, "internal", f"{type(error).__name__}: {error}")
         self._post(event)
 
-    def _decline(self, ticket: bytes) -> None:
+    def _decline(self, fetch: Fetch) -> None:
         try:
-            self._fetcher.decline(ticket)
+            self._fetcher.decline(fetch)
         except TransferError as error:
             log.debug("an aborted fetch had no readable ticket: %s", error)
 

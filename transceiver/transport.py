@@ -72,7 +72,9 @@ class Peer(Protocol):
 
 
 class Transfer(Protocol):
-    """One copy. It makes progress inside `wait`, on the thread that calls it."""
+    """One copy. It makes progress inside `wait`, on the thread that calls it (or, once started, on a GPU):
+    `wait` must be called, also after an abort.
+    """
 
     @property
     def state(self) -> TransferState: ...

@@ -35,9 +35,11 @@ def run(settings: BenchSettings) -> None:
     tokens = settings.tokens or (TOKENS if device == "cuda" else TOKENS[:-1])
     planned = suite(shape, tuple(sorted(tokens)), transports, on_gpu=device == "cuda")
 
-    from diptych.transceiver.bench.report import plot, table, write_json
+    from diptych.transceiver.bench.report import plot, require_plots, table, write_json
     from diptych.transceiver.bench.run import prepare
 
+    if settings.plot is not None:
+        require_plots()
     bench = prepare(planned, device)
     rows = []
     try:

@@ -84,8 +84,11 @@ class Engine:
         transceiver = self.transceiver(settings)
         for event in transceiver.poll(time.monotonic()):
             assert isinstance(event, LeaseEnded)
-        self.memory.generations[list(blocks)] += 1  # so that no digest is remembered
         return transceiver.offer(blocks, num_tokens)[1]
+
+    def reuse_all(self) -> None:
+        """From now on no digest is remembered; older tickets are worthless."""
+        self.memory.generations[:] += 1
 
     def fetch(self, settings: TransceiverSettings, ticket: bytes, destination: Sequence[int]) -> FetchDone:
         transceiver = self.transceiver(settings)

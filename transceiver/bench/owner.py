@@ -47,6 +47,10 @@ def main() -> None:
             _say(**_offer(engines[command["offer"]], command))
         elif "region" in command:
             _say(region=HostRegion.of(engines[command["region"]][0].memory).encode().hex())
+        elif "reuse" in command:
+            for engine in engines[command["reuse"]]:
+                engine.reuse_all()
+            _say(done=True)
         elif device == "cuda":
             burn(command["burn"])
             _say(done=True)

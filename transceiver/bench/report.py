@@ -1,5 +1,6 @@
 """What kv-bench found: a table, a JSON file that says where and when, and a plot."""
 
+import importlib.util
 import os
 import platform
 import subprocess
@@ -20,11 +21,12 @@ _PACKAGES = ("torch", "triton", "numpy", "msgspec", "xxhash")
 def table(rows: list[Row]) -> str:
     header = (
         f"{'transport':9s} {'case':26s} {'tokens':>6s} {'MiB':>6s} {'wire ms':>9s} {'total ms':>9s} "
-        f"{'GB/s':>7s} {'plain':>7s} {'fraction':>8s}"
+        f"{'GB/s':>7s} {'plain':>7s} {'fraction':>8s} {'first ms':>9s} {'plain':>8s}"
     )
     lines = [
         f"{row.transport:9s} {row.case:26s} {row.tokens:6d} {row.bytes >> 20:6d} {row.wire_ms:9.3f} "
-        f"{row.total_ms:9.3f} {row.wire_gb_s:7.1f} {row.plain_gb_s:7.1f} {row.fraction:8.3f}"
+        f"{row.total_ms:9.3f} {row.wire_gb_s:7.1f} {row.plain_gb_s:7.1f} {row.fraction:8.3f} "
+        f"{row.first_wire_ms:9.3f} {row.first_plain_ms:8.3f}"
         for row in rows
     ]
     return "\n".join([header, *lines])
@@ -43,11 +45,15 @@ def write_json(path: Path, rows: list[Row], shape: str, device: str, rounds: int
     path.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
 
 
+def require_plots() -> None:
+    """Before minutes of measuring."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib: pip install diptych[plot]")
+
+
 def plot(path: Path, rows: list[Row], shape: str) -> None:
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ConfigError("--plot needs matplotlib: pip install diptych[plot]") from error
+    import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:

@@ -75,7 +75,12 @@ class FaultMesh:
     def assert_invariants(self) -> None:
         self.wait_rest()
         for worker, total in self.totals.items():
-            assert sum(worker.blocks().values()) == total, worker.name
+            # Not at once: an engine that has just started has not said anything yet.
+            wait_for(
+                f"{worker.name} with {total:.0f} blocks",
+                lambda worker=worker, total=total: sum(worker.blocks().values()) == total,
+                REST_S,
+            )
             assert "not conserved" not in worker.log.read_text(), worker.name
         assert "Traceback" not in self.router.log.read_text(), self.router.tail()
         assert get(f"{self.router.url}/health") is not None

@@ -67,6 +67,7 @@ async def storm(faults, *, clients: int, num_prompt: int, rounds: int, seed: int
     expected = await faults.expected("greedy", 8)
     rng = random.Random(seed)
     free = {worker: worker.blocks() for worker in faults.workers}
+    legs = faults.router.metric("ctx_total_requests_total")
     for _ in range(rounds):
         async with session() as client:
             calls = [
@@ -75,7 +76,7 @@ async def storm(faults, *, clients: int, num_prompt: int, rounds: int, seed: int
                 )
                 for _ in range(clients)
             ]
-            _, pending = await asyncio.wait(calls, timeout=rng.uniform(0.05, 1.5))
+            _, pending = await asyncio.wait(calls, timeout=rng.uniform(0.5, 2.0))
             for call in pending:
                 call.cancel()
             outcomes = await asyncio.gather(*calls, return_exceptions=True)
@@ -87,6 +88,8 @@ async def storm(faults, *, clients: int, num_prompt: int, rounds: int, seed: int
             )
             assert_same(probe, expected)
         faults.wait_rest()
+    legs = faults.router.metric("ctx_total_requests_total") - legs
+    assert legs > clients * rounds / 2, "the storm did not reach the workers"
     for worker, before in free.items():
         after = worker.blocks()
         assert after["free"] + after["cached"] == before["free"] + before["cached"]
