@@ -37,8 +37,10 @@ class CopyGrid:
 
     @property
     def is_aligned(self) -> bool:
-        offsets = (*self._rows, *self._cells)
-        return not self.length % ALIGN_BYTES and not any(np.any(array % ALIGN_BYTES) for array in offsets)
+        together = self.length
+        for offsets in (*self._rows, *self._cells):
+            together |= int(np.bitwise_or.reduce(offsets))
+        return not together % ALIGN_BYTES
 
     @property
     def num_bytes(self) -> int:

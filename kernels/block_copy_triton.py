@@ -5,6 +5,7 @@ is cut into tiles of 32 KiB that are loaded in one burst, so that few programs k
 of the GPU goes on computing.
 """
 
+import ctypes
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ _NUM_WARPS = 16
 _SHARES_PER_PROGRAM = 8  # enough that no program waits long for the last ones
 _MAX_SHARE_TILES = 16
 _DIGEST_PROGRAMS = 264
+_SCRATCH_POINTERS = 2  # that Triton appends to a kernel's parameters
 
 _FIRST = tl.constexpr(KEY_MULTIPLIERS[0])
 _SECOND = tl.constexpr(KEY_MULTIPLIERS[1])
@@ -109,34 +111,76 @@ class Address:
         return self.pointer
 
 
-def launch_copy(
-    source: Address,
-    destination: Tensor,
-    grid: CopyGrid,
-    numbers: Tensor,
-    digests: Tensor,
-    *,
-    num_programs: int,
-    digest: bool,
-) -> None:
-    """Queue the copy on the current stream.
+class BlockMover:
+    """Launches the copy kernel on one GPU. For one thread at a time.
 
-    `destination` is flat uint8; `numbers` is `grid.packed()` on the GPU; `digests` are `grid.num_blocks` zeros
-    there, and stay zeros without `digest`.
+    Triton's own launch takes longer than a small copy, so it does the first of each variant (and compiles it),
+    and the driver the others.
     """
-    assert grid.is_aligned, "spans must be aligned to 16 bytes"
-    _launch(
-        source,
-        destination.view(torch.int64),
-        numbers,
-        digests,
-        num_rows=len(grid.row_source),
-        num_cells=len(grid.cell_source),
-        cell_words=grid.length // WORD_BYTES,
-        num_programs=num_programs,
-        copy=True,
-        digest=digest,
-    )
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL("libcuda.so.1")
+        self._compiled: dict[tuple[int, bool], _Compiled] = {}
+
+    def copy(
+        self,
+        source: int,
+        destination: int,
+        numbers: int,
+        digests: int,
+        grid: CopyGrid,
+        *,
+        num_programs: int,
+        digest: bool,
+        stream: torch.cuda.Stream,
+    ) -> None:
+        """Queue the copy on `stream`, whose context is current. All are addresses, aligned to 16 bytes.
+
+        `numbers` is what `grid.pack_into` wrote, on the GPU; `digests` are `grid.num_blocks` zeros there, and
+        stay zeros without `digest`.
+        """
+        shape = _Shape.of(
+            len(grid.row_source), len(grid.cell_source), grid.length // WORD_BYTES, num_programs
+        )
+        if shape.num_programs == 0:
+            return
+        variant = (shape.tile, digest)
+        compiled = self._compiled.get(variant)
+        pointers = (source, destination, numbers, digests)
+        if compiled is None:
+            with torch.cuda.stream(stream):
+                kernel = shape.launch(*map(Address, pointers), copy=True, digest=digest)
+            self._compiled[variant] = _Compiled(
+                ctypes.c_void_p(kernel.function), kernel.metadata.num_warps, kernel.metadata.shared
+            )
+            return
+        self._launch(compiled, pointers, shape, stream.cuda_stream)
+
+    def _launch(self, compiled: "_Compiled", pointers: tuple[int, ...], shape: "_Shape", stream: int) -> None:
+        values = [
+            *map(ctypes.c_uint64, pointers),
+            *map(ctypes.c_int32, shape.numbers),
+            *(ctypes.c_uint64(0) for _ in range(_SCRATCH_POINTERS)),
+        ]
+        parameters = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        code = self._library.cuLaunchKernel(
+            compiled.function,
+            *(shape.num_programs, 1, 1),
+            *(32 * compiled.num_warps, 1, 1),
+            compiled.shared_bytes,
+            ctypes.c_void_p(stream),
+            parameters,
+            None,
+        )
+        if code:
+            raise RuntimeError(f"the copy kernel could not be launched: CUDA error {code}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    function: ctypes.c_void_p
+    num_warps: int
+    shared_bytes: int
 
 
 def launch_digest(pool: Tensor, block_ids: Tensor) -> Tensor:
@@ -148,56 +192,48 @@ def launch_digest(pool: Tensor, block_ids: Tensor) -> Tensor:
     numbers = torch.cat([ids * block_words, zeros, zeros, slots, zeros[:1], zeros[:1]])
     digests = torch.zeros(count, dtype=torch.int64, device=pool.device)
     words = pool.view(torch.int64)
-    _launch(
-        words,
-        words,
-        numbers,
-        digests,
-        num_rows=count,
-        num_cells=1,
-        cell_words=block_words,
-        num_programs=_DIGEST_PROGRAMS,
-        copy=False,
-        digest=True,
-    )
+    shape = _Shape.of(count, 1, block_words, _DIGEST_PROGRAMS)
+    if shape.num_programs:
+        shape.launch(words, words, numbers, digests, copy=False, digest=True)
     return digests
 
 
-def _launch(
-    source: Any,
-    destination: Any,
-    numbers: Tensor,
-    digests: Tensor,
-    *,
-    num_rows: int,
-    num_cells: int,
-    cell_words: int,
-    num_programs: int,
-    copy: bool,
-    digest: bool,
-) -> None:
-    if num_rows == 0:
-        return
-    tile = min(_TILE_WORDS, cell_words & -cell_words)  # the largest power of two that divides a cell
-    spans = _TILE_WORDS // tile
-    tiles_in_cell = cell_words // tile
-    bursts = -(-num_cells * tiles_in_cell // spans)  # of a row
-    share = -(-num_rows * bursts // (num_programs * _SHARES_PER_PROGRAM))
-    share = max(1, min(share, _MAX_SHARE_TILES, bursts))
-    shares_in_row = -(-bursts // share)
-    _move[(min(num_programs, num_rows * shares_in_row),)](
-        source,
-        destination,
-        numbers,
-        digests,
-        num_rows,
-        num_cells,
-        tiles_in_cell,
-        share * spans,
-        shares_in_row,
-        TILE=tile,
-        SPANS=spans,
-        COPY=copy,
-        DIGEST=digest,
-        num_warps=_NUM_WARPS,
-    )
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """How a grid is shared out among programs."""
+
+    num_programs: int
+    tile: int  # words
+    numbers: tuple[int, int, int, int, int]  # the kernel's, from num_rows on
+
+    @classmethod
+    def of(cls, num_rows: int, num_cells: int, cell_words: int, num_programs: int) -> "_Shape":
+        tile = min(_TILE_WORDS, cell_words & -cell_words)  # the largest power of two that divides a cell
+        spans = _TILE_WORDS // tile
+        tiles_in_cell = cell_words // tile
+        bursts = -(-num_cells * tiles_in_cell // spans)  # of a row
+        share = -(-num_rows * bursts // (num_programs * _SHARES_PER_PROGRAM))
+        share = max(1, min(share, _MAX_SHARE_TILES, bursts))
+        shares_in_row = -(-bursts // share)
+        return cls(
+            min(num_programs, num_rows * shares_in_row),
+            tile,
+            (num_rows, num_cells, tiles_in_cell, share * spans, shares_in_row),
+        )
+
+    def launch(
+        self, source: Any, destination: Any, numbers: Any, digests: Any, *, copy: bool, digest: bool
+    ) -> Any:
+        """With Triton, on the current stream; the compiled kernel."""
+        return _move[(self.num_programs,)](
+            source,
+            destination,
+            numbers,
+            digests,
+            *self.numbers,
+            TILE=self.tile,
+            SPANS=_TILE_WORDS // self.tile,
+            COPY=copy,
+            DIGEST=digest,
+            num_warps=_NUM_WARPS,
+        )

@@ -75,7 +75,7 @@ class Flow:
         try:
             context = await self._context_leg(route, client)
         except Unavailable as error:
-            workers = partial(self._workers, route, call.model, ("GENERATION",))
+            workers = partial(self._workers, route, call.model, ("GENERATION", "CONTEXT"))
             return await self._final_leg(call, client, workers).run(error)
         if isinstance(context, Reply):
             return client.pass_on(context)

@@ -12,6 +12,7 @@ import torch
 HANDLE_BYTES = 64
 
 _LAZY_PEER_ACCESS = 1
+_u64, _pointer, _size = ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t
 
 
 class DriverError(Exception):
@@ -39,18 +40,18 @@ class CudaDriver:
     def allocate(self, num_bytes: int) -> int:
         """An allocation of its own: sharing its handle shares nothing else."""
         pointer = ctypes.c_uint64()
-        with self._current():
+        with self.current():
             self._call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(num_bytes))
         return pointer.value
 
     def free(self, pointer: int) -> None:
-        with self._current():
+        with self.current():
             self._call("cuMemFree_v2", ctypes.c_uint64(pointer))
 
     def export(self, pointer: int) -> bytes:
         """A handle for other processes to the allocation that starts here."""
         handle = _Handle()
-        with self._current():
+        with self.current():
             self._call("cuIpcGetMemHandle", ctypes.byref(handle), ctypes.c_uint64(pointer))
         return bytes(handle.reserved)
 
@@ -58,16 +59,31 @@ class CudaDriver:
         """Where another process's allocation is in this one; its GPU need not be visible here."""
         pointer = ctypes.c_uint64()
         value = _Handle.from_buffer_copy(handle)
-        with self._current():
+        with self.current():
             self._call("cuIpcOpenMemHandle_v2", ctypes.byref(pointer), value, _LAZY_PEER_ACCESS)
         return pointer.value
 
     def close(self, pointer: int) -> None:
-        with self._current():
+        with self.current():
             self._call("cuIpcCloseMemHandle", ctypes.c_uint64(pointer))
 
+    def upload(self, device: int, host: int, num_bytes: int, stream: int) -> None:
+        """Queue a copy from pinned memory."""
+        self._call("cuMemcpyHtoDAsync_v2", _u64(device), _pointer(host), _size(num_bytes), _pointer(stream))
+
+    def download(self, host: int, device: int, num_bytes: int, stream: int) -> None:
+        """Queue a copy to pinned memory."""
+        self._call("cuMemcpyDtoHAsync_v2", _pointer(host), _u64(device), _size(num_bytes), _pointer(stream))
+
+    def copy(self, destination: int, source: int, num_bytes: int, stream: int) -> None:
+        """Queue a copy between memories of GPUs, by the copy engines."""
+        self._call(
+            "cuMemcpyDtoDAsync_v2", _u64(destination), _u64(source), _size(num_bytes), _pointer(stream)
+        )
+
     @contextlib.contextmanager
-    def _current(self) -> Iterator[None]:
+    def current(self) -> Iterator[None]:
+        """What is queued needs the context; the other calls take it themselves."""
         self._call("cuCtxPushCurrent_v2", self._context)
         try:
             yield

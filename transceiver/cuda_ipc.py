@@ -84,8 +84,8 @@ class CudaIpcTransfer:
         stop.check()
         self._started = time.monotonic()
         try:
-            self._running = copier.start(peer.pointer, destination, grid_of(plan), digest=digest)
-        except RuntimeError as error:
+            self._running = copier.start(peer.pointer, destination.data_ptr(), grid_of(plan), digest=digest)
+        except (RuntimeError, DriverError) as error:
             raise _gpu_failure(error) from error
 
     def wait(self) -> None:
@@ -128,7 +128,7 @@ class CudaIpcTransport:
         if not isinstance(memory, DevicePool):
             raise ConfigError("KV transport cuda_ipc copies between pools on GPUs, and this pool is not")
         self._memory = memory
-        self._copier = DeviceCopier(memory.device, self._num_programs)
+        self._copier = DeviceCopier(memory.driver, memory.device, self._num_programs)
         self._compile(memory, self._copier)
         return HostRegion.of(memory).encode()
 
@@ -162,9 +162,9 @@ class CudaIpcTransport:
         return self._transfer(peer, self._memory.tensor, plan, stop, digest=digest_kind is not None)
 
     def measure(self, peer: CudaIpcPeer, stop: Stop) -> float:
-        assert self._memory is not None, "measure before register"
+        assert self._copier is not None, "measure before register"
         plan = probe_plan(peer.view.identity, _PROBE_BYTES)
-        scratch = torch.empty(plan.num_bytes, dtype=torch.uint8, device=self._memory.device)
+        scratch = self._copier.scratch(plan.num_bytes)
         _sharpen_timer()
         best = 0.0
         for _ in range(3):  # the first one pays for page tables
@@ -187,7 +187,7 @@ class CudaIpcTransport:
         self, peer: CudaIpcPeer, destination: torch.Tensor, plan: CopyPlan, stop: Stop, *, digest: bool
     ) -> CudaIpcTransfer:
         assert self._copier is not None
-        return CudaIpcTransfer(peer, self._copier, destination.view(-1), plan, stop, digest=digest)
+        return CudaIpcTransfer(peer, self._copier, destination, plan, stop, digest=digest)
 
     def _compile(self, memory: DevicePool, copier: DeviceCopier) -> None:
         """The kernel of the usual case, now: compiling it in the first fetch would take a second of that."""
@@ -195,7 +195,7 @@ class CudaIpcTransport:
         pair = torch.zeros(2, identity.block_bytes, dtype=torch.uint8, device=memory.device)
         grid = grid_of(probe_plan(identity, 1))
         for digest in (True, False):
-            running = copier.start(pair[1].data_ptr(), pair[0], grid, digest=digest)
+            running = copier.start(pair[1].data_ptr(), pair[0].data_ptr(), grid, digest=digest)
             running.done.synchronize()
             copier.finish(running)
 
@@ -213,7 +213,7 @@ def grid_of(plan: CopyPlan) -> CopyGrid:
     )
 
 
-def _gpu_failure(error: RuntimeError) -> TransferError:
+def _gpu_failure(error: Exception) -> TransferError:
     return TransferError(f"the copy on the GPU failed: {error}", code="internal")
 
 

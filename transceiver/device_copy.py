@@ -3,13 +3,16 @@
 The small buffers that a copy needs are kept and used again. Knows nothing of peers, tickets or deadlines.
 """
 
+import contextlib
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from diptych.kernels.block_copy import CopyGrid
+from diptych.transceiver.cuda_driver import CudaDriver
 from diptych.transceiver.pool import Digests
 
 _FIRST_SIZE = 1 << 14  # numbers; 2k blocks fit
@@ -23,6 +26,8 @@ class CopySlot:
         self.host = torch.empty(size, dtype=torch.int64, pin_memory=True)
         self.numbers = self.host.numpy()
         self.on_device = torch.empty(size, dtype=torch.int64, device=device)
+        self.here: int = self.host.data_ptr()
+        self.there: int = self.on_device.data_ptr()
         self.done = torch.cuda.Event()
         self.num_blocks = 0
 
@@ -30,38 +35,46 @@ class CopySlot:
 class DeviceCopier:
     """At most `num_programs` of the GPU's multiprocessors copy at a time."""
 
-    def __init__(self, device: torch.device, num_programs: int) -> None:
+    def __init__(self, driver: CudaDriver, device: torch.device, num_programs: int) -> None:
+        from diptych.kernels.block_copy_triton import BlockMover
+
+        self._driver = driver
         self._device = device
         self._num_programs = num_programs
+        self._mover = BlockMover()
         self._stream = torch.cuda.Stream(device)
         self._lock = threading.Lock()
         self._idle: list[CopySlot] = []
 
-    def start(self, source: int, destination: Tensor, grid: CopyGrid, *, digest: bool) -> CopySlot:
-        """From the address `source` to flat uint8 memory of this GPU. Wait for `done`, then `finish`."""
-        from diptych.kernels.block_copy_triton import Address, launch_copy
-
+    def start(self, source: int, destination: int, grid: CopyGrid, *, digest: bool) -> CopySlot:
+        """From the address `source` to the address `destination`. Wait for `done`, then `finish`."""
         start = grid.num_blocks + grid.num_blocks % 2  # numbers are aligned as the kernel expects them
         end = start + grid.num_numbers
         slot = self._borrow(end)
         slot.num_blocks = grid.num_blocks
         slot.numbers[:start] = 0
         grid.pack_into(slot.numbers[start:end])
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            slot.on_device[:end].copy_(slot.host[:end], non_blocking=True)
-            launch_copy(
-                Address(source),
+        with self._lock, self._driver.current():
+            self._driver.upload(slot.there, slot.here, 8 * end, self._stream.cuda_stream)
+            self._mover.copy(
+                source,
                 destination,
+                slot.there + 8 * start,
+                slot.there,
                 grid,
-                slot.on_device[start:end],
-                slot.on_device[: grid.num_blocks],
                 num_programs=self._num_programs,
                 digest=digest,
+                stream=self._stream,
             )
             if digest:
-                slot.host[:start].copy_(slot.on_device[:start], non_blocking=True)
+                self._driver.download(slot.here, slot.there, 8 * start, self._stream.cuda_stream)
             slot.done.record(self._stream)
         return slot
+
+    def scratch(self, num_bytes: int) -> Tensor:
+        """Memory for a copy that nobody wants."""
+        with self._allocating():
+            return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
 
     def finish(self, slot: CopySlot) -> Digests:
         """The digests of the source blocks; zeros when they were not asked for. The slot is free again."""
@@ -76,4 +89,11 @@ class DeviceCopier:
             if fitting is not None:
                 self._idle.remove(fitting)
                 return fitting
-        return CopySlot(max(_FIRST_SIZE, 1 << (size - 1).bit_length()), self._device)
+        with self._allocating():
+            return CopySlot(max(_FIRST_SIZE, 1 << (size - 1).bit_length()), self._device)
+
+    @contextlib.contextmanager
+    def _allocating(self) -> Iterator[None]:
+        """On our stream: what the model's stream has freed, its kernels may still be writing to."""
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            yield

@@ -91,11 +91,13 @@ def plan_copy(
 
     `part` names the layers and heads to take; None: all that the destination holds.
     """
-    require_compatible(source, destination)
+    equal = source == destination
+    if not equal:
+        require_compatible(source, destination)
     positions, targets = np.asarray(indices, np.int64), np.asarray(destination_blocks, np.int64)
     _check_lists(source, destination, len(source_blocks), positions, targets, num_tokens)
     blocks = np.asarray(source_blocks, np.int64)
-    if part is None and source.fingerprint() == destination.fingerprint():
+    if part is None and equal:
         return _plan_whole(source.block_bytes, blocks, positions, targets)
     part = part or Part(0, destination.layers, destination.kv_heads)
     return _plan_cut(source, destination, blocks, positions, targets, num_tokens, part)

@@ -175,11 +175,8 @@ async def test_without_context_workers_generation_does_it_all(
 async def test_503_of_the_only_context_worker_reaches_the_client_when_nobody_can_help(
     start_router: StartRouter, context, generation
 ):
-    context.script.answer["context"] = (
-        503,
-        {"error": {"message": "draining", "code": "x"}},
-        {"Retry-After": "7"},
-    )
+    refusal = (503, {"error": {"message": "draining", "code": "x"}}, {"Retry-After": "7"})
+    context.script.answer = {"context": refusal, "whole": refusal}
     router = await start_router(context, generation)
     await generation.stop()
     async with router.post(WHOLE) as response:

@@ -1,13 +1,11 @@
 """What the link between two processes does at best: one plain copy of contiguous bytes, timed as transfers are."""
 
-import ctypes
 import socket
 import time
 from collections.abc import Callable
 
 import numpy as np
 
-from diptych.errors import TransferError
 from diptych.transceiver.bench.owner import REQUEST
 from diptych.transceiver.host_region import HostRegion
 from diptych.transceiver.pool import KvPool
@@ -58,20 +56,12 @@ def peer_copy(region: HostRegion, memory: KvPool) -> PlainCopy:
     view = region.open()
     handle, _ = NOTE.unpack_from(view.note.data)
     source, stream = memory.driver.open(handle), torch.cuda.Stream(memory.device)
-    library = ctypes.CDLL("libcuda.so.1")
-    library.cuMemcpyDtoDAsync_v2.argtypes = [
-        ctypes.c_uint64,
-        ctypes.c_uint64,
-        ctypes.c_size_t,
-        ctypes.c_void_p,
-    ]
 
     def copy(num_bytes: int) -> float:
         done = torch.cuda.Event()
         started = time.perf_counter()
-        code = library.cuMemcpyDtoDAsync_v2(memory.pointer, source, num_bytes, stream.cuda_stream)
-        if code:
-            raise TransferError(f"the plain copy failed with CUDA error {code}", code="internal")
+        with memory.driver.current():
+            memory.driver.copy(memory.pointer, source, num_bytes, stream.cuda_stream)
         done.record(stream)
         while not done.query():
             time.sleep(_POLL_S)

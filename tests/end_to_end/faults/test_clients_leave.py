@@ -44,6 +44,26 @@ async def test_between_the_legs(faults, sticky, streamed):
     faults.wait_rest(generation)
 
 
+@pytest.mark.parametrize("first", ["answer", "leave"])
+async def test_in_the_turn_in_which_the_context_answer_arrives(faults, sticky, first):
+    """The router finds both at once, the answer with its ticket and the client's leave."""
+    context, _ = await faults.owners(sticky)
+    for _ in range(3):
+        legs = faults.router.metric("ctx_total_requests_total")
+        faults.pause(context)
+        async with session() as client:
+            call = asyncio.create_task(stream(client, faults.router.url, body_of("greedy", 8), headers=sticky))
+            await until("the leg", lambda legs=legs: faults.router.metric("ctx_total_requests_total") > legs)
+            faults.pause(faults.router)
+            if first == "leave":
+                await leave(call)
+            faults.resume(context)
+            await until("the ticket", lambda: context.blocks()["leased"] > 0)
+            await leave(call)
+        faults.resume(faults.router)
+        faults.wait_rest()
+
+
 async def test_in_the_middle_of_streams(faults):
     async with session() as client:
         left = asyncio.Event()
