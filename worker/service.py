@@ -165,7 +165,8 @@ class WorkerService:
         waiting = self.open_requests - self._max_batch_size
         if waiting >= self.config.max_queue_size * (2 if is_second_leg else 1):
             raise Overloaded(
-                f"{waiting} requests wait here already", retry_after_s=waiting / self._max_batch_size * self._usual_s
+                f"{waiting} requests wait here already",
+                retry_after_s=waiting / self._max_batch_size * self._usual_s,
             )
         started = time.monotonic()
         self.open_requests += 1

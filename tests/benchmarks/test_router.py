@@ -1,12 +1,14 @@
 """benchmarks/router.py: its arithmetic, and its two C programs against each other."""
 
+import itertools
 import shutil
 from pathlib import Path
 
 import pytest
-from router import Bench, ratios, summarise, table
 from router_bench.scenarios import SCENARIOS, Scenario
 from router_bench.systems import Ports, System, systems
+
+from router import Bench, ratios, summarise, table
 
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
 
@@ -47,9 +49,7 @@ def test_summary_and_ratios():
 def test_scenarios_run_in_groups_of_one_worker_speed():
     """So that workers and router are started once for each speed."""
     speeds = [scenario.tick_us for scenario in SCENARIOS]
-    assert len([1 for before, after in zip(speeds, speeds[1:], strict=False) if before != after]) + 1 == len(
-        set(speeds)
-    )
+    assert len([1 for before, after in itertools.pairwise(speeds) if before != after]) + 1 == len(set(speeds))
 
 
 def test_commands(tmp_path: Path):

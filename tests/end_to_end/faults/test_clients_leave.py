@@ -52,7 +52,9 @@ async def test_in_the_turn_in_which_the_context_answer_arrives(faults, sticky, f
         legs = faults.router.metric("ctx_total_requests_total")
         faults.pause(context)
         async with session() as client:
-            call = asyncio.create_task(stream(client, faults.router.url, body_of("greedy", 8), headers=sticky))
+            call = asyncio.create_task(
+                stream(client, faults.router.url, body_of("greedy", 8), headers=sticky)
+            )
             await until("the leg", lambda legs=legs: faults.router.metric("ctx_total_requests_total") > legs)
             faults.pause(faults.router)
             if first == "leave":
