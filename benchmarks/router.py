@@ -94,6 +94,9 @@ def summarise(rows: Rows) -> dict[str, dict[str, Any]]:
                 if name.startswith("cpu"):
                     entry[f"{name}_min"] = round(min(values), 1)
         entry["memory_mb"] = max((row["memory_mb"] or 0.0 for row in runs), default=0.0)
+        entry["requests"], entry["events"] = (
+            sum(row[name] for row in runs) for name in ("requests", "events")
+        )
         entry["errors"] = sum(row["errors"] + row["refused"] for row in runs)
         summary.setdefault(scenario, {})[system] = entry
     _add_latency(summary)
@@ -134,6 +137,7 @@ def table(summary: dict[str, dict[str, Any]]) -> str:
         for system, entry in entries.items():
             shown = [f"{entry[name]:9.0f} {title}" for name, title in COLUMNS if name in entry]
             shown += [f"{entry['errors']} errors"] if entry["errors"] else []
+            shown += [] if entry["requests"] or entry["events"] else [" nothing was answered"]
             lines.append(f"  {system:22s}" + " |".join(shown))
     return "\n".join(lines)
 

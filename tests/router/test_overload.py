@@ -59,14 +59,17 @@ async def test_goodput_does_not_collapse(start_router: StartRouter, context, sta
     config = Config(max_concurrent_requests=2 * SLOTS, max_queued_requests=1000)
     router = await start_router(context, worker, config=config)
     capacity = SLOTS / SERVICE_S
-    fitting, _ = await offer(router, rate=0.8 * capacity, seconds=1.5, deadline_s=0.5)
+    fitting, _ = await offer(router, rate=0.6 * capacity, seconds=1.5, deadline_s=1.0)
     assert set(fitting) == {200, "good"}
-    beyond, refusals = await offer(router, rate=2 * capacity, seconds=2.5, deadline_s=0.5)
-    assert set(beyond) == {200, 429, "good"}  # nothing is cut off, nothing ends late with an error
-    assert beyond["good"] / 2.5 >= 0.7 * fitting["good"] / 1.5
-    assert beyond["good"] >= 0.8 * beyond[200]
+    beyond, refusals = await offer(router, rate=2 * capacity, seconds=3.0, deadline_s=1.0)
+    assert set(beyond) <= {200, 429, 504, "good"}  # nothing is cut off
+    assert beyond[429] > 0
+    assert beyond["good"] / 3.0 >= 0.9 * fitting["good"] / 1.5
+    # Deadlines that pass while a request runs: only as many as a busy machine makes late.
+    assert beyond[504] <= 0.1 * beyond["good"]
+    assert beyond["good"] >= 0.9 * beyond[200]
     # Told at once: those that waited for a refusal are the few whose wait was foretold wrong.
-    assert sorted(refusals)[len(refusals) // 2] < 0.1
+    assert sorted(refusals)[len(refusals) // 2] < 0.2
 
 
 async def test_without_a_line_the_answer_is_429(start_router: StartRouter, context, generation):

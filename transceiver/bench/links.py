@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from diptych.errors import StartupError
 from diptych.transceiver.bench.owner import REQUEST
 from diptych.transceiver.host_region import HostRegion
 from diptych.transceiver.pool import KvPool
@@ -18,21 +19,28 @@ _TIMEOUT_S = 60.0
 PlainCopy = Callable[[int], float]
 
 
-def plain_socket(port: int) -> PlainCopy:
-    sock = socket.create_connection(("127.0.0.1", port), timeout=_TIMEOUT_S)
-    sock.settimeout(None)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    scratch = np.zeros(64 << 20, np.uint8)
+class PlainSocket:
+    def __init__(self, port: int) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=_TIMEOUT_S)
+        self._socket.settimeout(None)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._scratch = np.zeros(64 << 20, np.uint8)
 
-    def copy(num_bytes: int) -> float:
+    def __call__(self, num_bytes: int) -> float:
         started = time.perf_counter()
-        sock.sendall(REQUEST.pack(num_bytes))
+        self._socket.sendall(REQUEST.pack(num_bytes))
         left = num_bytes
         while left:
-            left -= sock.recv_into(scratch[: min(left, len(scratch))].data, 0, socket.MSG_WAITALL)
+            received = self._socket.recv_into(
+                self._scratch[: min(left, len(self._scratch))].data, 0, socket.MSG_WAITALL
+            )
+            if not received:
+                raise StartupError("the owner's process of kv-bench has ended; its error is above")
+            left -= received
         return time.perf_counter() - started
 
-    return copy
+    def close(self) -> None:
+        self._socket.close()
 
 
 def memcpy(region: HostRegion, memory: PoolMemory) -> PlainCopy:

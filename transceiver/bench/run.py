@@ -10,7 +10,7 @@ import os
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -21,7 +21,7 @@ from diptych.kv_layout import KvLayout
 from diptych.transceiver.bench.burn import burn
 from diptych.transceiver.bench.cases import Case, Suite
 from diptych.transceiver.bench.engine import Engine, read, settings_of, word_at
-from diptych.transceiver.bench.links import PlainCopy, memcpy, peer_copy, plain_socket
+from diptych.transceiver.bench.links import PlainCopy, PlainSocket, memcpy, peer_copy
 from diptych.transceiver.host_region import HostRegion
 from diptych.transceiver.owners import choose_parts
 from diptych.transceiver.plan import CopyPlan, plan_copy
@@ -91,8 +91,24 @@ class Bench:
     suite: Suite
     device: str
     owner: Owner
-    readers: dict[str, Engine]
-    plain: dict[str, PlainCopy]
+    readers: dict[str, Engine] = field(default_factory=dict)
+    plain: dict[str, PlainCopy] = field(default_factory=dict)  # by transport and reader
+    sockets: list[PlainSocket] = field(default_factory=list)
+
+    def open(self) -> None:
+        for name in sorted({case.reader for case in self.suite.cases}):
+            layout = self.suite.layouts[name][0]
+            self.readers[name] = Engine(layout, self.suite.num_blocks(layout), f"reader {name}", self.device)
+        self.sockets.append(PlainSocket(self.owner.port))
+        for case in self.suite.cases:
+            key = f"{case.transport} {case.reader}"
+            if key not in self.plain:
+                self.plain[key] = self.sockets[0] if case.transport == "tcp" else self._within_host(case)
+
+    def _within_host(self, case: Case) -> PlainCopy:
+        region = HostRegion.decode(bytes.fromhex(self.owner.ask(region=case.owner)["region"]))
+        memory = self.readers[case.reader].memory
+        return memcpy(region, memory) if isinstance(memory, PoolMemory) else peer_copy(region, memory)
 
     def measure(self, case: Case, rounds: int) -> Row:
         reader = self.readers[case.reader]
@@ -137,6 +153,8 @@ class Bench:
     def close(self) -> None:
         for reader in self.readers.values():
             reader.close()
+        for sock in self.sockets:
+            sock.close()
         self.owner.close()
 
     def _fetch(
@@ -223,30 +241,13 @@ def prepare(suite: Suite, device: str) -> Bench:
     gpus = _gpus() if device == "cuda" else ["", ""]
     if device == "cuda":  # before torch looks
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[1]
-    owner = Owner(suite, device, gpus[0])
-    names = {case.reader for case in suite.cases}
-    readers = {
-        name: Engine(
-            suite.layouts[name][0], suite.num_blocks(suite.layouts[name][0]), f"reader {name}", device
-        )
-        for name in names
-    }
-    plain: dict[str, PlainCopy] = {}
-    by_socket = plain_socket(owner.port)
-    for case in suite.cases:
-        key = f"{case.transport} {case.reader}"
-        if key not in plain:
-            plain[key] = by_socket
-            if case.transport != "tcp":
-                region = HostRegion.decode(bytes.fromhex(owner.ask(region=case.owner)["region"]))
-                plain[key] = _within_host(region, readers[case.reader])
-    return Bench(suite, device, owner, readers, plain)
-
-
-def _within_host(region: HostRegion, reader: Engine) -> PlainCopy:
-    if isinstance(reader.memory, PoolMemory):
-        return memcpy(region, reader.memory)
-    return peer_copy(region, reader.memory)
+    bench = Bench(suite, device, Owner(suite, device, gpus[0]))
+    try:
+        bench.open()
+    except BaseException:
+        bench.close()
+        raise
+    return bench
 
 
 def _gpus() -> list[str]:

@@ -10,19 +10,16 @@ import secrets
 from fault_clients import Outcome, body_of, session, stream
 from mesh import Mesh, Server, get, wait_for
 
+# One thread each, for machines with two cores; a pool whose size does not depend on who else needs memory.
+OPTIONS = {"num_threads": 1, "drain_timeout_s": 30, "kv_cache_config": {"max_tokens": 16384}}
 REST_S = 2.0  # blocks are back so soon after the last request or the last fault
 
 
 class FaultMesh:
     def __init__(self, started: Mesh) -> None:
         self.mesh = started
-        self.contexts = [
-            started.worker(f"context{n}", "CONTEXT", num_threads=1, drain_timeout_s=30) for n in range(2)
-        ]
-        self.generations = [
-            started.worker(f"generation{n}", "GENERATION", num_threads=1, drain_timeout_s=30)
-            for n in range(2)
-        ]
+        self.contexts = [started.worker(f"context{n}", "CONTEXT", **OPTIONS) for n in range(2)]
+        self.generations = [started.worker(f"generation{n}", "GENERATION", **OPTIONS) for n in range(2)]
         self.router = started.router("router", self.contexts, self.generations)
         self.paused: set[Server] = set()
         self._expected: dict[tuple[str, int], Outcome] = {}

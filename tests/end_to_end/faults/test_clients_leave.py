@@ -5,7 +5,7 @@ import random
 
 import pytest
 from fault_clients import STORY, assert_same, body_of, session, stream
-from fault_mesh import until
+from fault_mesh import OPTIONS, until
 
 NUM_TOKENS = 40
 BUSY_S = 3.0  # for a machine with other work
@@ -129,7 +129,7 @@ async def test_a_great_storm_of_cancels(faults):
 
 async def test_a_generation_worker_refuses_what_the_context_worker_took(faults):
     """Its limits are smaller: the client has its error, and the tickets are returned at once."""
-    small = faults.mesh.worker("small", "GENERATION", num_threads=1, max_seq_len=64)
+    small = faults.mesh.worker("small", "GENERATION", **{**OPTIONS, "max_seq_len": 64})
     router = faults.mesh.router("small_router", faults.contexts, [small])
     small.wait_ready()
     router.wait_ready()

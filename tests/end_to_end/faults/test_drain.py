@@ -4,7 +4,7 @@ import asyncio
 import signal
 
 from fault_clients import assert_same, body_of, session, stream
-from fault_mesh import until
+from fault_mesh import OPTIONS, until
 
 NUM_TOKENS = 60
 
@@ -40,7 +40,7 @@ async def test_sigterm_in_the_middle_of_a_stream(faults, sticky):
 
 async def test_streams_that_outlast_the_drain_move(faults):
     """A worker with half a second to drain."""
-    hasty = faults.mesh.worker("hasty", "GENERATION", num_threads=1, drain_timeout_s=0.5)
+    hasty = faults.mesh.worker("hasty", "GENERATION", **{**OPTIONS, "drain_timeout_s": 0.5})
     router = faults.mesh.router("hasty_router", faults.contexts, [hasty])
     hasty.wait_ready()
     router.wait_ready()
