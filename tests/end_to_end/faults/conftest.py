@@ -28,3 +28,11 @@ def faults(fault_mesh: FaultMesh) -> Iterator[FaultMesh]:
 def sticky() -> dict[str, str]:
     """Requests with these headers go to the same workers."""
     return {"X-Session-ID": secrets.token_hex(4)}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The fault suite takes minutes and wants a machine of its own: `pytest -m slow tests/end_to_end/faults`."""
+    folder = Path(__file__).parent
+    for item in items:
+        if folder in item.path.parents:
+            item.add_marker(pytest.mark.slow)
