@@ -13,6 +13,7 @@ from diptych.errors import TransferError
 from diptych.kv_layout import KvLayout
 from diptych.transceiver import ticket as tickets
 from diptych.transceiver.digest import LandedDigests, known_kind, require_digests, require_generations
+from diptych.transceiver.frames import Begin, Finish
 from diptych.transceiver.link import Link
 from diptych.transceiver.owners import Part, choose_parts
 from diptych.transceiver.plan import CopyPlan, plan_copy
@@ -34,7 +35,7 @@ class Fetch:
     stop: Stop
     started_at: float = field(default_factory=time.monotonic)
     transfer: Transfer | None = None
-    begun: list[tuple[Link, str]] | None = None  # owners that know of this fetch, with their ticket ids
+    begun: bool = False  # the owner has been told
 
     def abort(self) -> None:
         self.stop.abort()
@@ -193,27 +194,23 @@ class Fetcher:
 
     def _begin(self, fetch: Fetch, ticket: Ticket) -> None:
         """Every rank of the owner is told, once, also those that this reader takes nothing from."""
-        if fetch.begun is not None:
-            return
-        fetch.begun = []
-        for rank in ticket.owners:
-            link = self._begin_one(rank, ticket.lease_s)
-            if link is not None:
-                fetch.begun.append((link, rank.ticket_id))
+        if not fetch.begun:
+            fetch.begun = True
+            for rank in ticket.owners:
+                self._tell(rank, ticket.lease_s, Begin(rank.ticket_id))
 
     def _finish(self, fetch: Fetch, ticket: Ticket, *, complete: bool) -> None:
-        """When a link has ended meanwhile, the lease has too: the owner is gone, or saw this reader leave."""
+        """Also when the link was cut meanwhile: what it had said last may never have reached the owner."""
         self._begin(fetch, ticket)
-        for link, ticket_id in fetch.begun or ():
-            link.finish(ticket_id, complete=complete)
+        for rank in ticket.owners:
+            self._tell(rank, ticket.lease_s, Finish(rank.ticket_id, complete))
 
-    def _begin_one(self, rank: OwnerRank, lease_s: float) -> Link | None:
+    def _tell(self, rank: OwnerRank, lease_s: float, message: Begin | Finish) -> None:
         for _ in range(2):  # a link that has just ended is dialled anew, once
             link = self._link(rank, lease_s)
-            if link is None or link.begin(rank.ticket_id):
-                return link
+            if link is None or link.say(message):
+                return
             self._drop(link)
-        return None
 
     def _link(self, rank: OwnerRank, lease_s: float) -> Link | None:
         key = (rank.incarnation, rank.host, rank.port)
@@ -228,11 +225,13 @@ class Fetcher:
             return link
 
     def _drop(self, link: Link) -> None:
-        key = (link.incarnation, *link.address)
+        key = (link.rank.incarnation, link.rank.host, link.rank.port)
         with self._lock:
             if self._links.get(key) is not link:
                 return
             del self._links[key]
-        self._routes.forget(link.incarnation)
+        self._routes.forget(link.rank.incarnation)
         for transport in self._transports.values():
-            transport.forget(link.incarnation)
+            transport.forget(link.rank.incarnation)
+        for message in link.unsaid():
+            self._tell(link.rank, link.lease_s, message)

@@ -32,8 +32,8 @@ class Link:
         timeout_s: float,
         gone: Callable[["Link"], None],
     ) -> None:
-        self.incarnation = rank.incarnation
-        self.address = (rank.host, rank.port)
+        self.rank = rank
+        self.lease_s = lease_s
         self._secret = secret
         self._timeout_s = timeout_s
         self._renew_s = max(0.05, lease_s / 3)
@@ -41,6 +41,7 @@ class Link:
         self._outgoing: deque[Message] = deque()
         self._reading: dict[str, None] = {}
         self._lock = threading.Lock()
+        self._was_up = False
         self._ended = False
         self._closing = threading.Event()
         self._dialling = Stop(timeout_s)
@@ -48,12 +49,27 @@ class Link:
         self._thread = threading.Thread(target=self._run, name="kv-link", daemon=True)
         self._thread.start()
 
-    def begin(self, ticket_id: str) -> bool:
+    def say(self, message: Begin | Finish) -> bool:
         """False when this link has ended and the owner has to be dialled anew."""
-        return self._post(Begin(ticket_id))
+        with self._lock:
+            if self._ended:
+                return False
+            if isinstance(message, Begin):
+                self._reading[message.ticket_id] = None
+            else:
+                self._reading.pop(message.ticket_id, None)
+            self._outgoing.append(message)
+            os.eventfd_write(self._wake_fd, 1)
+        return True
 
-    def finish(self, ticket_id: str, *, complete: bool) -> bool:
-        return self._post(Finish(ticket_id, complete))
+    def unsaid(self) -> list[Finish]:
+        """The ends of fetches that a link which was up, and is cut, could not tell the owner."""
+        with self._lock:
+            if not (self._ended and self._was_up):
+                return []
+            unsaid = [message for message in self._outgoing if isinstance(message, Finish)]
+            self._outgoing.clear()
+            return unsaid
 
     def start_closing(self) -> None:
         """Ends when all that is queued has been sent."""
@@ -66,18 +82,6 @@ class Link:
         self._dialling.abort()
         self._thread.join(timeout=1)
 
-    def _post(self, message: Begin | Finish) -> bool:
-        with self._lock:
-            if self._ended:
-                return False
-            if isinstance(message, Begin):
-                self._reading[message.ticket_id] = None
-            else:
-                self._reading.pop(message.ticket_id, None)
-            self._outgoing.append(message)
-            os.eventfd_write(self._wake_fd, 1)
-        return True
-
     def _wake(self) -> None:
         with self._lock:
             if not self._ended:
@@ -85,7 +89,8 @@ class Link:
 
     def _run(self) -> None:
         try:
-            connection = dial(self.address, "control", self.incarnation, self._secret, self._dialling)
+            connection = self._dial()
+            self._was_up = True
             try:
                 self._relay(connection)
             finally:
@@ -93,12 +98,24 @@ class Link:
         except (TransferError, OSError, BadFrame) as error:
             self._report(error)
         except Exception:
-            log.exception("KV control link to %s:%d ended by an error of ours", *self.address)
+            log.exception(
+                "KV control link to %s:%d ended by an error of ours", self.rank.host, self.rank.port
+            )
         finally:
             with self._lock:
                 self._ended = True
                 os.close(self._wake_fd)
             self._gone(self)
+
+    def _dial(self) -> Connection:
+        address = (self.rank.host, self.rank.port)
+        try:
+            return dial(address, "control", self.rank.incarnation, self._secret, self._dialling)
+        except TransferError as error:
+            if error.code != "peer_gone":
+                raise
+        # Cut in the greeting, perhaps; an owner that is really gone says so again.
+        return dial(address, "control", self.rank.incarnation, self._secret, self._dialling)
 
     def _relay(self, connection: Connection) -> None:
         poll = select.poll()
@@ -112,6 +129,7 @@ class Link:
             message = self._next()
             if message is not None:
                 connection.send(message, Stop(self._timeout_s))
+                self._outgoing.popleft()  # said only now
                 continue
             if self._closing.is_set():
                 return
@@ -125,7 +143,7 @@ class Link:
 
     def _next(self) -> Message | None:
         with self._lock:
-            return self._outgoing.popleft() if self._outgoing else None
+            return self._outgoing[0] if self._outgoing else None
 
     def _renew(self) -> None:
         with self._lock:
@@ -137,12 +155,13 @@ class Link:
             return
         with self._lock:
             unsent = sum(isinstance(message, Finish) for message in self._outgoing)
-        if unsent:
+        if unsent and not self._was_up:
             log.warning(
                 "KV owner at %s:%d cannot be told that %d tickets are done, their leases end by time: %s",
-                *self.address,
+                self.rank.host,
+                self.rank.port,
                 unsent,
                 error,
             )
         else:
-            log.info("KV owner at %s:%d is gone: %s", *self.address, error)
+            log.info("KV owner at %s:%d is gone: %s", self.rank.host, self.rank.port, error)

@@ -1,6 +1,7 @@
 """Several processes on one port: replaced under load, restarted when they die, counted as one."""
 
 import asyncio
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -19,8 +20,9 @@ def children(pid: int) -> set[int]:
     found = set()
     for task in Path(f"/proc/{pid}/task").iterdir():
         for child in (task / "children").read_text().split():
-            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-                found.add(int(child))
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    found.add(int(child))
     return found
 
 
