@@ -11,7 +11,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 
 from diptych.errors import TransferError
 from diptych.kv_layout import KvLayout
@@ -19,6 +20,7 @@ from diptych.transceiver import ticket as tickets
 from diptych.transceiver.connection import Connection
 from diptych.transceiver.digest import OwnerDigests
 from diptych.transceiver.fetch import Fetch, Fetcher
+from diptych.transceiver.fetch_queue import FetchQueue
 from diptych.transceiver.frames import BadFrame, Begin, Finish, Message, Renew
 from diptych.transceiver.lease import EndedLease, LeaseTable
 from diptych.transceiver.metrics import Counts, TransceiverMetrics
@@ -33,7 +35,8 @@ from diptych.transceiver.settings import (
 )
 from diptych.transceiver.stop import Stop
 from diptych.transceiver.ticket import Ticket
-from diptych.transceiver.transport import TransportContext, load
+from diptych.transceiver.transport import TransportContext
+from diptych.transceiver.ways import open_ways
 
 log = logging.getLogger(__name__)
 
@@ -75,20 +78,19 @@ class Transceiver:
             context = TransportContext(
                 self._server, secret, settings.timeout_s, copy_programs=settings.copy_programs
             )
-            self._transports = {name: load(name, context) for name in settings.backends}
-            self._regions = {name: way.register(memory) for name, way in self._transports.items()}
+            self._ways = open_ways(settings, context, memory)
         except BaseException:
             self._server.close()
             raise
         self._fetcher = Fetcher(
             layout,
-            self._transports,
+            self._ways.transports,
             verify_digest=settings.verify_digest,
             measure=settings.measure_transports,
             secret=secret,
             timeout_s=settings.timeout_s,
         )
-        self._executor = ThreadPoolExecutor(settings.max_concurrent_fetches, thread_name_prefix="kv-fetch")
+        self._queue = FetchQueue(settings.max_concurrent_fetches, settings.max_tokens_in_flight)
         self._server.handle("control", self._serve_control)
         self._server.start()
 
@@ -111,7 +113,7 @@ class Transceiver:
             digest_kind=self._memory.digest_kind,
             host=host,
             port=port,
-            transports=self._regions,
+            transports=self._ways.regions,
             lease_s=self._settings.lease_s,
         )
         with self._lock:
@@ -130,7 +132,8 @@ class Transceiver:
             tuple(destination_blocks),
             Stop(self._settings.timeout_s),
         )
-        self._fetches[fetch.fetch_id] = (fetch, self._executor.submit(self._run, fetch))
+        num_tokens = len(fetch.destination_blocks) * self._layout.tokens_per_block
+        self._fetches[fetch.fetch_id] = (fetch, self._queue.submit(num_tokens, partial(self._run, fetch)))
         return fetch.fetch_id
 
     def abort(self, fetch_id: int) -> None:
@@ -141,7 +144,7 @@ class Transceiver:
         fetch.abort()
         if future.cancel():  # it had not begun
             self._post(FetchFailed(fetch_id, "cancelled", "the fetch was aborted before it began"))
-            self._executor.submit(self._decline, fetch)
+            self._queue.submit(0, partial(self._decline, fetch))
 
     def release(self, ticket_id: str) -> None:
         """Owner side: nobody will come for this ticket. Unknown tickets are ignored."""
@@ -180,9 +183,9 @@ class Transceiver:
         """Ends every fetch (their events can still be polled) and lets go of the pool's memory."""
         for fetch_id in list(self._fetches):
             self.abort(fetch_id)
-        self._executor.shutdown(wait=True)
+        self._queue.close()
         self._fetcher.close()
-        for transport in self._transports.values():
+        for transport in self._ways.transports.values():
             transport.close()
         self._server.close()
 

@@ -116,6 +116,8 @@ def _build(settings: EngineSettings, link: EngineLink) -> "Engine":
         layout,
         TransceiverSettings(
             backends=usable_transports(settings),
+            optional_backends=settings.optional_transports,
+            max_tokens_in_flight=settings.max_tokens_in_flight,
             bind_host=settings.transceiver_host,
             lease_s=settings.lease_s,
             timeout_s=settings.kv_transfer_timeout_s,

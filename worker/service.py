@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import secrets
 import socket
 import time
@@ -21,13 +22,13 @@ from diptych.wire import EngineProgress, EngineReady, EngineStats, WorkerState
 from diptych.worker.engine_client import EngineClient
 from diptych.worker.handed_out import HandedOut
 from diptych.worker.hardware import detect
+from diptych.worker.kv_backend import choose_transports
 from diptych.worker.kv_events import KvEventFeed, TrtBuffer
 from diptych.worker.metrics import WorkerMetrics
 from diptych.worker.settings import EngineSettings
 
 log = logging.getLogger(__name__)
 
-_TRANSPORTS: dict[str, tuple[str, ...]] = {"SHM": ("shm",), "TCP": ("tcp",), "DEFAULT": ("shm", "tcp")}
 _PERF_RING = 1000
 _ITERATION_RING = 1000
 _NEWEST = 0.1  # weight of the newest request in the usual duration
@@ -249,13 +250,7 @@ class WorkerService:
     def _settings(self, path: Path, hardware: Hardware) -> EngineSettings:
         config, limits = self.config, resolve_limits(self.config, hardware)
         kv, transfer = config.kv_cache_config, config.cache_transceiver_config
-        backend = transfer.backend or "DEFAULT"
-        if backend not in _TRANSPORTS:
-            log.warning(
-                "cache_transceiver_config.backend %s is not in this version: taking the fastest of %s",
-                backend,
-                ", ".join(_TRANSPORTS["DEFAULT"]),
-            )
+        transports = choose_transports(transfer.backend, os.environ)
         timeout_ms = transfer.kv_transfer_timeout_ms
         return EngineSettings(
             model_path=str(path),
@@ -271,7 +266,9 @@ class WorkerService:
             max_num_tokens=limits.max_num_tokens,
             max_seq_len=config.max_seq_len,
             capacity_policy=config.scheduler_config.capacity_scheduler_policy,
-            transports=_TRANSPORTS.get(backend, _TRANSPORTS["DEFAULT"]),
+            transports=transports.required,
+            optional_transports=transports.optional,
+            max_tokens_in_flight=transfer.max_tokens_in_buffer,
             transceiver_host=config.host,
             secret=self.trust.secret,
             kv_transfer_timeout_s=60.0 if timeout_ms is None else timeout_ms / 1000,

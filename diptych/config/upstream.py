@@ -60,7 +60,7 @@ NO_EFFECT: frozenset[str] = frozenset(
         "torch_compile_config",
         "use_torch_sampler",
         "cache_transceiver_config.kv_cache_bounce_size_mb",
-        "cache_transceiver_config.kv_transfer_sender_future_timeout_ms",
+        "cache_transceiver_config.kv_transfer_sender_future_timeout_ms",  # nothing here waits for a sender
         "cache_transceiver_config.transceiver_runtime",
         "kv_cache_config.attention_dp_events_gather_period_ms",
         "kv_cache_config.copy_on_partial_reuse",
