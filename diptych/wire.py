@@ -110,6 +110,21 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     times: SequenceTimes | None = None  # with the first token
 
 
+class LinkStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """KV copies from one peer over one transport. Totals since the start, but for `open` and `probed_gb_s`."""
+
+    peer: str  # host:port of its transceiver
+    transport: str
+    copies: int = 0  # that ended well, as do the figures below
+    bytes: int = 0
+    wait_s: float = 0.0  # from the fetch's begin to the copy's
+    copy_s: float = 0.0  # digests that are computed as the bytes land included
+    verify_s: float = 0.0  # from the last byte's arrival to the proof that it is the right one
+    open: int = 0  # copies that run now
+    failures: dict[str, int] = {}  # by code
+    probed_gb_s: float = 0.0  # what the start-up measurement found; 0: none
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A snapshot for /metrics, sent at most every 100 ms and when the engine goes idle."""
 
@@ -121,6 +136,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     tokens_per_block: int = 0
     waiting: int = 0
     running: int = 0
+    prefilling: int = 0  # those of them whose prompt is not computed yet
+    pending_prompt_tokens: int = 0  # what is left of those prompts
     fetching: int = 0
     steps: int = 0
     prompt_tokens: int = 0
@@ -132,6 +149,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     fetch_bytes: int = 0
     fetch_s: float = 0.0
     leases_expired: int = 0
+    queued_fetches: int = 0  # for one of `max_concurrent_fetches`, or for max_tokens_in_buffer
+    links: list[LinkStats] = []
     iteration: dict[str, Any] | None = None  # the last step, when enable_iter_perf_stats is on
 
 
@@ -144,6 +163,9 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     vocab_size: int
     layout: dict[str, Any]
     num_blocks: int
+    pool_bytes: int = 0
+    device: str = "cpu"
+    max_batch_size: int = 0
     kernel: str  # which kernels run the model, for the log and /server_info
     load_s: float = 0.0
 

@@ -23,6 +23,7 @@ from diptych.transceiver.fetch import Fetch, Fetcher
 from diptych.transceiver.fetch_queue import FetchQueue
 from diptych.transceiver.frames import BadFrame, Begin, Finish, Message, Renew
 from diptych.transceiver.lease import EndedLease, LeaseTable
+from diptych.transceiver.meter import Meter
 from diptych.transceiver.metrics import Counts, TransceiverMetrics
 from diptych.transceiver.pool import KvPool
 from diptych.transceiver.server import Server
@@ -66,6 +67,7 @@ class Transceiver:
         self._events: deque[TransceiverEvent] = deque()
         self._lock = threading.Lock()  # of leases and metrics
         self._counts = Counts()
+        self._meter = Meter()
         self._server = Server(
             incarnation=memory.identity.incarnation,
             bind_host=settings.bind_host,
@@ -85,6 +87,7 @@ class Transceiver:
         self._fetcher = Fetcher(
             layout,
             self._ways.transports,
+            self._meter,
             verify_digest=settings.verify_digest,
             measure=settings.measure_transports,
             secret=secret,
@@ -175,8 +178,10 @@ class Transceiver:
         with self._lock:
             return self._counts.snapshot(
                 open_fetches=len(self._fetches),
+                queued_fetches=self._queue.num_waiting,
                 open_leases=len(self._leases),
                 open_leases_read=self._leases.num_read,
+                links=self._meter.links(),
             )
 
     def close(self) -> None:

@@ -140,6 +140,9 @@ def _build(settings: EngineSettings, link: EngineLink) -> "Engine":
             vocab_size=config.vocab_size,
             layout=msgspec.to_builtins(layout) | {"fingerprint": layout.fingerprint()},
             num_blocks=count,
+            pool_bytes=count * layout.block_bytes,
+            device=settings.device,
+            max_batch_size=settings.max_batch_size,
             kernel=model.kernel_name,
             load_s=time.monotonic() - started,
         )

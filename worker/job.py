@@ -301,8 +301,14 @@ class Job:
         times = event.times
         assert times is not None
         self._first_token_at = time.monotonic()
+        wire_s = min(times.wire_s, times.fetch_s)
         self._timeline.mark_split(
-            [("queue", times.queue_s), ("fetch", times.fetch_s), ("prefill", times.prefill_s)],
+            [
+                ("queue", times.queue_s),
+                ("fetch", times.fetch_s - wire_s),
+                ("wire", wire_s),
+                ("prefill", times.prefill_s),
+            ],
             rest="engine_link",
         )
         metrics = self._service.metrics

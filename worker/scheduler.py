@@ -148,6 +148,11 @@ class Scheduler:
     def num_running(self) -> int:
         return len(self._running)
 
+    def prefills(self) -> list[int]:
+        """Of each running sequence whose prompt is not computed, how many tokens of it are left."""
+        left = (sequence.num_prompt - sequence.num_computed for sequence in self._running.values())
+        return [count for count in left if count > 0]
+
     @property
     def num_fetching(self) -> int:
         return len(self._fetching)

@@ -45,7 +45,7 @@ class WorkerService:
         self.stopping = asyncio.Event()
         self.trust = ClusterTrust(config.cluster_secret)
         self.created = int(time.time())
-        self.metrics = WorkerMetrics(config.model_name, self._stats)
+        self.metrics = WorkerMetrics(config.model_name, self._stats, lambda: self._ready)
         self.perf: deque[dict[str, Any]] = deque(maxlen=config.perf_metrics_max_requests or _PERF_RING)
         self.iterations: deque[dict[str, Any]] = deque(maxlen=_ITERATION_RING)
         self.open_requests = 0
@@ -179,7 +179,7 @@ class WorkerService:
 
     @property
     def is_loaded(self) -> bool:
-        return self._engine is not None and self._engine.ready is not None
+        return self._ready is not None
 
     @property
     def load(self) -> dict[str, float]:
@@ -191,16 +191,18 @@ class WorkerService:
     @property
     def layout(self) -> str:
         """The fingerprint of our KV layout; empty while the model loads."""
-        ready = self._engine.ready if self._engine is not None else None
-        return str(ready.layout["fingerprint"]) if ready else ""
+        return str(self._ready.layout["fingerprint"]) if self._ready else ""
+
+    @property
+    def _ready(self) -> EngineReady | None:
+        return None if self._engine is None else self._engine.ready
 
     @property
     def is_healthy(self) -> bool:
         return self.state == "READY" and self.engine.is_alive
 
     def server_info(self) -> dict[str, Any]:
-        ready = self._engine.ready if self._engine is not None else None
-        stats = self._stats()
+        ready, stats = self._ready, self._stats()
         return {
             "worker_id": self.worker_id,
             "role": self.config.server_role,
