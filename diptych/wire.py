@@ -166,6 +166,7 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     pool_bytes: int = 0
     device: str = "cpu"
     max_batch_size: int = 0
+    kv_peer: bytes = b""  # how the transceiver is reached, for GET /kv/peer
     kernel: str  # which kernels run the model, for the log and /server_info
     load_s: float = 0.0
 

@@ -35,7 +35,7 @@ from diptych.transceiver.settings import (
     TransceiverSettings,
 )
 from diptych.transceiver.stop import Stop
-from diptych.transceiver.ticket import Ticket
+from diptych.transceiver.ticket import OwnerRank, Ticket
 from diptych.transceiver.transport import TransportContext
 from diptych.transceiver.ways import open_ways
 
@@ -168,6 +168,19 @@ class Transceiver:
                 del self._fetches[event.fetch_id]
             events.append(event)
         return events
+
+    def describe(self) -> OwnerRank:
+        """How a peer reaches this pool, without any blocks: for one that only measures the way."""
+        host, port = self._server.address
+        return OwnerRank(
+            ticket_id="",
+            incarnation=self._memory.identity.incarnation,
+            layout=self._layout,
+            fingerprint=self._memory.identity.fingerprint,
+            host=host,
+            port=port,
+            transports=self._ways.regions,
+        )
 
     @property
     def address(self) -> tuple[str, int]:

@@ -72,7 +72,9 @@ def _build(settings: EngineSettings, link: EngineLink) -> "Engine":
     link.send(EngineProgress(message="importing torch"))
     import torch
 
+    from diptych.transceiver.host_limits import HostLimits
     from diptych.transceiver.settings import TransceiverSettings
+    from diptych.transceiver.ticket import encode_rank
     from diptych.transceiver.transceiver import Transceiver
     from diptych.worker.engine import Engine
     from diptych.worker.runner import ModelRunner
@@ -125,6 +127,8 @@ def _build(settings: EngineSettings, link: EngineLink) -> "Engine":
         ),
         wake=link.wake,
     )
+    for concern in HostLimits.read().concerns(transceiver.describe().transports, memory.identity.host_bytes):
+        log.warning("%s", concern)
     engine = Engine(
         link,
         Scheduler(limits, pool),
@@ -143,6 +147,7 @@ def _build(settings: EngineSettings, link: EngineLink) -> "Engine":
             pool_bytes=count * layout.block_bytes,
             device=settings.device,
             max_batch_size=settings.max_batch_size,
+            kv_peer=encode_rank(transceiver.describe()),
             kernel=model.kernel_name,
             load_s=time.monotonic() - started,
         )

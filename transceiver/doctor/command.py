@@ -1,0 +1,132 @@
+"""The command behind `trtllm-serve doctor`: what a worker would find on this host, and the way to a peer."""
+
+import asyncio
+import importlib.util
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import click
+import orjson
+
+from diptych.config import MetadataConfig
+from diptych.discovery.address import parse_address
+from diptych.discovery.connect import member_registry
+from diptych.errors import DiptychError
+from diptych.transceiver import packages
+from diptych.transceiver.doctor.finding import Finding, can_serve, table, to_json
+from diptych.transceiver.doctor.gpus import gpus, has_driver
+from diptych.transceiver.doctor.limits import limits
+from diptych.transceiver.doctor.versions import versions
+from diptych.transceiver.host_limits import HostLimits
+from diptych.trust import ClusterTrust
+
+_POOL_BYTES = 512 << 20  # what a CPU worker takes when nothing says otherwise
+_ASK_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoctorSettings:
+    peer: str | None = None  # HOST:PORT of a worker, or of a doctor that listens
+    metadata: MetadataConfig | None = None
+    as_json: bool = False
+
+
+def run(settings: DoctorSettings) -> int:
+    """The exit code: 0 when a worker could serve here and the peer, if one was named, can be reached."""
+    findings: list[Finding] = []
+    for finding in _examine(settings):
+        findings.append(finding)
+    click.echo(
+        orjson.dumps(to_json(findings), option=orjson.OPT_INDENT_2) if settings.as_json else _page(findings)
+    )
+    return 0 if can_serve(findings) else 1
+
+
+def listen(host: str, port: int) -> None:
+    """Until Ctrl-C."""
+    from diptych.transceiver.doctor.listen import serve
+
+    with serve(host, port) as server:
+        click.echo(
+            f"Listening on {host}:{server.server_address[1]} for: trtllm-serve doctor --peer THIS_HOST:PORT"
+        )
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            click.echo("")
+
+
+def _examine(settings: DoctorSettings) -> Iterator[Finding]:
+    yield from versions()
+    yield from gpus()
+    installed = list(filter(packages.is_installed, packages.OPTIONAL))
+    yield from limits(HostLimits.read(), installed, _POOL_BYTES)
+    if settings.metadata is not None:
+        yield asyncio.run(_etcd(settings.metadata))
+    if importlib.util.find_spec("xxhash") is None:
+        yield Finding(
+            section="links here", name="", status="none", detail="not measured: xxhash is not installed"
+        )
+        return
+    yield from _links(settings.peer)
+
+
+def _links(peer: str | None) -> Iterator[Finding]:
+    from diptych.transceiver.doctor.links import local_links, peer_links
+    from diptych.transceiver.ticket import decode_rank
+
+    found = list(local_links("cpu"))
+    if has_driver():
+        found += local_links("cuda")
+    yield from found
+    if not any(finding.gb_s for finding in found):
+        yield Finding(section="links here", name="", status="fails", detail="no transport works")
+    if peer is None:
+        return
+    try:
+        description = _describe(peer)
+        names = list(decode_rank(description).transports)
+    except (DiptychError, OSError) as error:
+        yield Finding(section="links to peer", name=peer, status="fails", detail=str(error))
+        return
+    reached = list(peer_links(description, names))
+    yield from reached
+    if not any(finding.gb_s for finding in reached):
+        yield Finding(section="links to peer", name=peer, status="fails", detail="no transport reaches it")
+
+
+def _describe(peer: str) -> bytes:
+    request = urllib.request.Request(
+        f"{parse_address(peer).url}/kv/peer", headers=ClusterTrust(None).headers()
+    )
+    with urllib.request.urlopen(request, timeout=_ASK_S) as response:
+        body: bytes = response.read()
+    return body
+
+
+async def _etcd(metadata: MetadataConfig) -> Finding:
+    name = ", ".join(metadata.urls)
+    registry = member_registry(metadata, None, ClusterTrust(None))
+    assert registry is not None
+    try:
+        workers = await asyncio.wait_for(anext(registry.watch()), _ASK_S)
+    except (DiptychError, OSError, asyncio.TimeoutError) as error:
+        reason = str(error) or f"no answer within {_ASK_S:g} s"
+        return Finding(
+            section="etcd",
+            name=name,
+            status="fails",
+            detail=reason,
+            remedy="start it, or correct hostname and port",
+        )
+    finally:
+        await registry.close()
+    return Finding(section="etcd", name=name, detail=f"{len(workers)} workers are registered")
+
+
+def _page(findings: list[Finding]) -> str:
+    verdict = (
+        "A worker can serve here." if can_serve(findings) else "No worker can serve here; see what fails."
+    )
+    return f"{table(findings)}\n\n{verdict}"

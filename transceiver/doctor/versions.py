@@ -1,0 +1,47 @@
+"""What is installed here, found without importing it."""
+
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+
+from diptych.transceiver.doctor.finding import Finding
+
+_WORKER = "pip install 'diptych[worker]'"
+# distributions of which one is enough -> what a missing one means
+_NEEDED = ("torch", "safetensors", "gguf", "xxhash")
+_OPTIONAL: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("flashinfer-python",), "fast attention on GPUs: pip install 'diptych[cuda]'"),
+    (("triton",), "kernels for GPUs: pip install 'diptych[cuda]'"),
+    (("nixl-cu13", "nixl-cu12"), "RDMA between machines: pip install 'diptych[nixl]'"),
+    (("ucxx-cu13", "ucxx-cu12"), "the UCX backend: pip install 'diptych[ucx]'"),
+)
+
+
+def versions() -> Iterator[Finding]:
+    yield Finding(section="versions", name="python", detail=platform.python_version())
+    yield Finding(
+        section="versions", name="diptych", detail=_version("diptych") or "a source tree, not installed"
+    )
+    for name in _NEEDED:
+        found = _version(name)
+        if found is None:
+            yield Finding(
+                section="versions", name=name, status="fails", detail="not installed", remedy=_WORKER
+            )
+        else:
+            yield Finding(section="versions", name=name, detail=found)
+    for names, purpose in _OPTIONAL:
+        found = next(filter(None, map(_version, names)), None)
+        yield Finding(
+            section="versions",
+            name=names[0].partition("-")[0],
+            status="ok" if found else "none",
+            detail=found or f"not installed; {purpose}",
+        )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
