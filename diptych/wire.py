@@ -29,6 +29,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     seed: int = 0
     logit_bias: dict[int, float] = {}
     num_logprobs: int | None = None  # None: off; n: the chosen token's and the n most likely ones'
+    prompt_logprobs: bool = False  # those of the prompt's tokens, too; needs num_logprobs
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
 
@@ -100,6 +101,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     request_id: str
     token_ids: list[int] = []
     logprobs: list[Logprob] | None = None
+    prompt_logprobs: list[Logprob] | None = None  # with the first token: of the prompt's tokens but the first
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # set when a stop token (not the model's own EOS) ended it
     error: str | None = None  # with finish_reason "error"

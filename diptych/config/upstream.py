@@ -87,7 +87,6 @@ _SILENT: Mapping[str, tuple[Any, ...]] = {
 # Our own fields that nothing acts on yet, with the values that ask for nothing else than what happens.
 NOT_YET: Mapping[str, tuple[Any, ...]] = {
     "enable_chunked_prefill": (True,),
-    "stream_interval": (1,),
     "trust_remote_code": (False,),
     "kv_cache_config.dtype": ("auto", "bfloat16"),
     "kv_cache_config.host_cache_size": (None, 0),
