@@ -207,7 +207,9 @@ class Engine:
             leases_expired=transfers.leases_ended.get("expired", 0),
             queued_fetches=transfers.queued_fetches,
             links=transfers.links,
-            iteration=iteration_stats(plan, scheduler, self._steps, now - started)
+            iteration=iteration_stats(
+                plan, scheduler, self._steps, planned_at=started, latency_s=now - started
+            )
             if self._collect_iterations and plan.chunks
             else None,
         )

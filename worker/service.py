@@ -216,6 +216,15 @@ class WorkerService:
             "max_batch_size": self._max_batch_size,
             "tokens_per_block": self.config.kv_cache_config.tokens_per_block,
             "kv_cache_hash_algo": block_hash.ALGORITHM,
+            "kv_links": [
+                {
+                    "peer": link.peer,
+                    "transport": link.transport,
+                    "copies": link.copies,
+                    "gb_s": link.probed_gb_s,
+                }
+                for link in stats.links
+            ],
             "load": {"running": stats.running + stats.fetching, "waiting": stats.waiting},
             "tokenizer_path": str(self._tokenizer_path or ""),
             "tokenizer_fingerprint": self._tokenizer.fingerprint if self._tokenizer is not None else "",
