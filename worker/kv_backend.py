@@ -38,19 +38,18 @@ def choose_transports(backend: str | None, environment: Mapping[str, str]) -> Tr
     """ConfigError for a backend that this version does not have, or whose package is missing."""
     name, source = _name(backend or "DEFAULT", environment)
     if name == "DEFAULT":
-        return Transports(("shm", "tcp"), tuple(filter(packages.is_installed, packages.OPTIONAL)))
+        installed = (name for name in packages.OPTIONAL if packages.remedy(name) is None)
+        return Transports(("shm", "tcp"), tuple(installed))
     transports = _TRANSPORTS.get(name)
     if transports is None:
         raise ConfigError(
             f"{source} asks for {name}, which is not in this version; use DEFAULT (the fastest that reaches "
             f"each peer), or one of {', '.join(_TRANSPORTS)}"
         )
-    for transport in transports:
-        if not packages.is_installed(transport):
-            raise ConfigError(
-                f"{source} asks for {name}, whose package is not installed: {packages.remedy(transport)}, or "
-                "use DEFAULT"
-            )
+    for remedy in filter(None, map(packages.remedy, transports)):
+        raise ConfigError(
+            f"{source} asks for {name}, whose package is not installed: {remedy}, or use DEFAULT"
+        )
     return Transports(transports)
 
 

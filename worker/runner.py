@@ -25,12 +25,12 @@ class ModelRunner:
         at = len(rows)
         for chunk in plan.chunks:
             if chunk.num_telling:
-                _tell(chunk, logits[at : at + chunk.num_telling])
+                tell_prompt(chunk, logits[at : at + chunk.num_telling])
                 at += chunk.num_telling
         return self._sampler.sample(logits[: len(rows)], rows) if rows else []
 
 
-def _tell(chunk: Chunk, logits: "Tensor") -> None:
+def tell_prompt(chunk: Chunk, logits: "Tensor") -> None:
     """The prompt's log probabilities that one chunk brings go to its sequence."""
     sequence, first = chunk.sequence, chunk.start + 1
     told = sequence.tokens[first : first + len(logits)]

@@ -35,7 +35,7 @@ BOTH = ("shm", "nixl", "ucx", "tcp")
             {"rdma_devices": ("mlx5_0",)},
             ("shm", "tcp"),
             "RDMA (mlx5_0), but KV",
-            "pip install 'diptych[nixl]'",
+            "",
         ),
         ({"open_files": 256}, ("shm", "tcp"), "256 open files", "ulimit -n"),
     ],

@@ -60,7 +60,7 @@ def listen(host: str, port: int) -> None:
 def _examine(settings: DoctorSettings) -> Iterator[Finding]:
     yield from versions()
     yield from gpus()
-    installed = list(filter(packages.is_installed, packages.OPTIONAL))
+    installed = [name for name in packages.OPTIONAL if packages.remedy(name) is None]
     yield from limits(HostLimits.read(), installed, _POOL_BYTES)
     if settings.metadata is not None:
         yield asyncio.run(_etcd(settings.metadata))

@@ -27,8 +27,8 @@ def local_links(device: str) -> Iterator[Finding]:
     owner_gpu, reader_gpu = _gpu_pair() if device == "cuda" else ("", "")
     section = _HERE if device == "cpu" else f"GPU {_HERE}"
     for name in ("shm" if device == "cpu" else "cuda_ipc", "tcp", *packages.OPTIONAL):
-        if not packages.is_installed(name):
-            yield _not_installed(section, name)
+        if remedy := packages.remedy(name):
+            yield _not_installed(section, name, remedy)
             continue
         with _owner(name, device, owner_gpu) as answer:
             if "peer" in answer:
@@ -39,8 +39,8 @@ def local_links(device: str) -> Iterator[Finding]:
 def peer_links(peer: bytes, names: list[str]) -> Iterator[Finding]:
     """To the owner of that description, over each of these transports."""
     for name in names:
-        if not packages.is_installed(name):
-            yield _not_installed(_THERE, name)
+        if remedy := packages.remedy(name):
+            yield _not_installed(_THERE, name, remedy)
             continue
         device = "cuda" if has_driver() and name != "shm" else "cpu"
         yield _finding(_THERE, name, _measured(name, device, peer.hex(), _gpu_pair()[1]))
@@ -106,10 +106,8 @@ def _silent(seconds: float) -> Answer:
     return {"reason": f"nothing happened within {seconds:g} s", "remedy": ""}
 
 
-def _not_installed(section: str, name: str) -> Finding:
-    return Finding(
-        section=section, name=name, status="none", detail="not installed", remedy=packages.remedy(name)
-    )
+def _not_installed(section: str, name: str, remedy: str) -> Finding:
+    return Finding(section=section, name=name, status="none", detail="not installed", remedy=remedy)
 
 
 def _finding(section: str, name: str, answer: Answer) -> Finding:

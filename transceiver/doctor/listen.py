@@ -19,7 +19,7 @@ def serve(host: str, port: int) -> ThreadingHTTPServer:
     names = (
         "cuda_ipc" if device == "cuda" else "shm",
         "tcp",
-        *filter(packages.is_installed, packages.OPTIONAL),
+        *(name for name in packages.OPTIONAL if packages.remedy(name) is None),
     )
     owner = open_owner(names, device, host)
     trust, description = ClusterTrust(None), encode_rank(owner.describe())

@@ -12,8 +12,8 @@ _NEEDED = ("torch", "safetensors", "gguf", "xxhash")
 _OPTIONAL: tuple[tuple[tuple[str, ...], str], ...] = (
     (("flashinfer-python",), "fast attention on GPUs: pip install 'diptych[cuda]'"),
     (("triton",), "kernels for GPUs: pip install 'diptych[cuda]'"),
-    (("nixl-cu13", "nixl-cu12"), "RDMA between machines: pip install 'diptych[nixl]'"),
-    (("ucxx-cu13", "ucxx-cu12"), "the UCX backend: pip install 'diptych[ucx]'"),
+    (("nixl-cu13", "nixl-cu12"), "RDMA between machines: pip install nixl-cu13"),
+    (("ucxx-cu13", "ucxx-cu12"), "the UCX backend: pip install ucxx-cu13"),
 )
 
 
