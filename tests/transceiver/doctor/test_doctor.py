@@ -1,6 +1,7 @@
 """The doctor on this host, as a user starts it, and beside a peer."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,8 +10,9 @@ import pytest
 
 from diptych.cli import main
 from diptych.transceiver import packages
-from diptych.transceiver.doctor import command, versions
+from diptych.transceiver.doctor import command, listen, versions
 from diptych.transceiver.doctor.finding import Finding, can_serve, table
+from diptych.trust import ClusterTrust
 
 PATIENCE_S = 200
 
@@ -37,7 +39,7 @@ def listening() -> Iterator[int]:
         [sys.executable, "-m", "diptych.cli", "doctor", "--listen", "0", "--host", "127.0.0.1"],
         stdout=subprocess.PIPE,
         text=True,
-        env={**__import__("os").environ, "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
     ) as process:
         line = process.stdout.readline()
         yield int(line.partition("127.0.0.1:")[2].split()[0])
@@ -106,3 +108,10 @@ def test_the_table_shows_each_section_once():
     ]
     assert not can_serve(findings)
     assert can_serve(findings[:2])
+
+
+def test_a_listening_doctor_asks_for_the_clusters_secret():
+    trust = ClusterTrust("hush")
+    assert listen._response(listen.PATH, {}, trust, b"peer")[0] == 403
+    assert listen._response(listen.PATH, trust.headers(), trust, b"peer") == (200, b"peer")
+    assert listen._response("/", trust.headers(), trust, b"peer")[0] == 404
