@@ -4,32 +4,31 @@ import json
 import subprocess
 import sys
 
-from mesh import MODEL, free_port, wait_for
+from mesh import MODEL, free_port, mesh, wait_for
 
 PATIENCE_S = 200
 
 
-def test_the_way_to_a_running_worker_is_measured(servers):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "diptych.cli",
-            "doctor",
-            "--json",
-            "--peer",
-            f"127.0.0.1:{servers['context'].port}",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-    )
+def doctor(*arguments):
+    """What it finds; all of it must be well."""
+    command = [sys.executable, "-m", "diptych.cli", "doctor", "--json", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 0, done.stdout
-    lines = json.loads(done.stdout)["findings"]
+    return json.loads(done.stdout)["findings"]
+
+
+def test_the_way_to_a_running_worker_is_measured(servers):
+    lines = doctor("--peer", f"127.0.0.1:{servers['context'].port}")
     found = {line["name"]: line["gb_s"] for line in lines if line["section"] == "links to peer"}
     assert found["shm"] > 0
     assert found["tcp"] > 0
+
+
+def test_an_etcd_that_answers(tmp_path):
+    with mesh(tmp_path) as started:
+        etcd = started.etcd()
+        [line] = [line for line in doctor("-m", str(started.metadata(etcd))) if line["section"] == "etcd"]
+    assert line["detail"] == "0 workers are registered"
 
 
 def test_a_worker_warns_of_limits_that_hold_it_back(small_model, tmp_path):

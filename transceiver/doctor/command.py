@@ -34,9 +34,7 @@ class DoctorSettings:
 
 def run(settings: DoctorSettings) -> int:
     """The exit code: 0 when a worker could serve here and the peer, if one was named, can be reached."""
-    findings: list[Finding] = []
-    for finding in _examine(settings):
-        findings.append(finding)
+    findings = list(_examine(settings))
     click.echo(
         orjson.dumps(to_json(findings), option=orjson.OPT_INDENT_2) if settings.as_json else _page(findings)
     )
@@ -126,7 +124,5 @@ async def _etcd(metadata: MetadataConfig) -> Finding:
 
 
 def _page(findings: list[Finding]) -> str:
-    verdict = (
-        "A worker can serve here." if can_serve(findings) else "No worker can serve here; see what fails."
-    )
+    verdict = "A worker can serve here." if can_serve(findings) else "Not as it is: see what fails."
     return f"{table(findings)}\n\n{verdict}"

@@ -14,7 +14,7 @@ PATH = "/kv/peer"
 
 
 def serve(host: str, port: int) -> ThreadingHTTPServer:
-    """A server that listens, whose `serve_forever` is still to be called; `transceiver` is closed with the process."""
+    """A server that listens, whose `serve_forever` is still to be called. Its pool lives as long as the process."""
     device = "cuda" if has_driver() else "cpu"
     names = (
         "cuda_ipc" if device == "cuda" else "shm",

@@ -7,8 +7,8 @@ from importlib import metadata
 from diptych.transceiver.doctor.finding import Finding
 
 _WORKER = "pip install 'diptych[worker]'"
-# distributions of which one is enough -> what a missing one means
 _NEEDED = ("torch", "safetensors", "gguf", "xxhash")
+# Distributions of which one is enough, and what they are for.
 _OPTIONAL: tuple[tuple[tuple[str, ...], str], ...] = (
     (("flashinfer-python",), "fast attention on GPUs: pip install 'diptych[cuda]'"),
     (("triton",), "kernels for GPUs: pip install 'diptych[cuda]'"),
@@ -24,12 +24,13 @@ def versions() -> Iterator[Finding]:
     )
     for name in _NEEDED:
         found = _version(name)
-        if found is None:
-            yield Finding(
-                section="versions", name=name, status="fails", detail="not installed", remedy=_WORKER
-            )
-        else:
-            yield Finding(section="versions", name=name, detail=found)
+        yield Finding(
+            section="versions",
+            name=name,
+            status="ok" if found else "fails",
+            detail=found or "not installed",
+            remedy="" if found else _WORKER,
+        )
     for names, purpose in _OPTIONAL:
         found = next(filter(None, map(_version, names)), None)
         yield Finding(

@@ -81,7 +81,7 @@ def test_a_router_only_install_cannot_serve(monkeypatch, capsys):
     assert "torch" in shown
     assert "pip install 'diptych[worker]'" in shown
     assert "not measured: xxhash is not installed" in shown
-    assert shown.splitlines()[-1] == "No worker can serve here; see what fails."
+    assert shown.splitlines()[-1] == "Not as it is: see what fails."
 
 
 def test_an_etcd_that_does_not_answer_fails(monkeypatch, tmp_path, capsys):
