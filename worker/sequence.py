@@ -62,8 +62,8 @@ class Sequence:
     @property
     def tells_prompt(self) -> bool:
         """Whether the log probabilities of the prompt's tokens are wanted and not told yet."""
-        request = self.request
-        return request.params.prompt_logprobs and not self.first_token_sent and not request.output_token_ids
+        is_second_leg = self.request.request_type == "generation_only"
+        return self.request.params.prompt_logprobs and not self.first_token_sent and not is_second_leg
 
     @property
     def num_pending(self) -> int:
