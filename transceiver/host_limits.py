@@ -52,7 +52,7 @@ class HostLimits:
         )
 
     def concerns(self, transports: Collection[str], pool_bytes: int) -> Iterator[Concern]:
-        """Of a worker with these transports and a KV pool of this size in host memory or on a GPU."""
+        """Of a worker with these transports and a KV pool of this size in host memory."""
         foreign = sorted(_FOREIGN.intersection(transports))
         names = " and ".join(foreign)
         if self.rdma_devices and not foreign:
@@ -82,15 +82,11 @@ class HostLimits:
                 f"{self.open_files} open files are allowed: clients and KV peers need one each",
                 f"allow {_OPEN_FILES} or more (ulimit -n)",
             )
-
-    def memory_concern(self, pool_bytes: int) -> Concern | None:
-        """Of a pool in host memory."""
-        if self.memory_bytes is None or pool_bytes < self.memory_bytes:
-            return None
-        return Concern(
-            f"the KV pool takes {_mib(pool_bytes)}, this container may use {_mib(self.memory_bytes)} in all",
-            "lower kv_cache_config.max_tokens or raise the container's memory limit",
-        )
+        if self.memory_bytes is not None and self.memory_bytes <= pool_bytes:
+            yield Concern(
+                f"the KV pool takes {_mib(pool_bytes)}, this container may use {_mib(self.memory_bytes)} in all",
+                "lower kv_cache_config.max_tokens or raise the container's memory limit",
+            )
 
 
 def _soft(name: int) -> int | None:

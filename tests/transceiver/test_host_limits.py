@@ -38,6 +38,7 @@ BOTH = ("shm", "nixl", "ucx", "tcp")
             "",
         ),
         ({"open_files": 256}, ("shm", "tcp"), "256 open files", "ulimit -n"),
+        ({"memory_bytes": GIB}, ("shm",), "this container may use 1024 MiB", "kv_cache_config.max_tokens"),
     ],
 )
 def test_what_keeps_kv_off_a_fast_path_has_a_reason_and_a_remedy(changes, transports, reason, remedy):
@@ -53,18 +54,12 @@ def test_what_keeps_kv_off_a_fast_path_has_a_reason_and_a_remedy(changes, transp
         ({"ptrace_scope": 1, "may_trace": True}, BOTH),
         ({"ptrace_scope": 1, "shm_free_bytes": 0, "locked_bytes": 0}, ("shm", "tcp")),  # ours need none of it
         ({"rdma_devices": ("mlx5_0",), "locked_bytes": 2 * GIB}, BOTH),
+        ({"memory_bytes": 2 * GIB}, ("shm", "tcp")),
         ({"shm_free_bytes": None, "open_files": None}, BOTH),
     ],
 )
 def test_no_warning_without_a_cause(changes, transports):
     assert list(replace(FINE, **changes).concerns(transports, GIB)) == []
-
-
-def test_a_pool_beyond_the_containers_memory():
-    assert FINE.memory_concern(GIB) is None
-    assert replace(FINE, memory_bytes=2 * GIB).memory_concern(GIB) is None
-    concern = replace(FINE, memory_bytes=GIB).memory_concern(GIB)
-    assert "this container may use 1024 MiB" in concern.reason
 
 
 def test_a_host_is_read(tmp_path: Path):

@@ -26,9 +26,6 @@ def limits(host: HostLimits, transports: Collection[str], pool_bytes: int) -> It
         yield Finding(section="limits", name=name, detail=detail)
     for concern in host.concerns(transports, pool_bytes):
         yield Finding(section="limits", name="", status="warns", detail=concern.reason, remedy=concern.remedy)
-    memory = host.memory_concern(pool_bytes)
-    if memory is not None:
-        yield Finding(section="limits", name="", status="fails", detail=memory.reason, remedy=memory.remedy)
 
 
 def _free_memory() -> int:
