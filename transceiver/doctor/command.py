@@ -2,9 +2,14 @@
 
 import asyncio
 import importlib.util
+import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
+from typing import TYPE_CHECKING
 
 import click
 import orjson
@@ -21,8 +26,12 @@ from diptych.transceiver.doctor.versions import versions
 from diptych.transceiver.host_limits import HostLimits
 from diptych.trust import ClusterTrust
 
+if TYPE_CHECKING:
+    from diptych.transceiver.doctor.links import Way
+
 _POOL_BYTES = 512 << 20  # what a CPU worker takes when nothing says otherwise
 _ASK_S = 5.0
+_PEER_S, _RETRY_S = 20.0, 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,51 +65,72 @@ def listen(host: str, port: int) -> None:
 
 
 def _examine(settings: DoctorSettings) -> Iterator[Finding]:
-    yield from versions()
-    yield from gpus()
-    installed = [name for name in packages.OPTIONAL if packages.remedy(name) is None]
-    yield from limits(HostLimits.read(), installed, _POOL_BYTES)
-    if settings.metadata is not None:
-        yield asyncio.run(_etcd(settings.metadata))
+    with ExitStack() as stack:
+        ways = stack.enter_context(_local_ways())
+        yield from versions()
+        yield from gpus()
+        installed = [name for name in packages.OPTIONAL if packages.remedy(name) is None]
+        yield from limits(HostLimits.read(), installed, _POOL_BYTES)
+        if settings.metadata is not None:
+            yield asyncio.run(_etcd(settings.metadata))
+        if ways is None:
+            yield Finding(section="links here", name="", status="none", detail="not measured: needs xxhash")
+            return
+        found = [way.measure() for way in ways]
+    yield from _with_verdict(found, "links here", "", "no transport works")
+    if settings.peer is not None:
+        yield from _peer(settings.peer)
+
+
+@contextmanager
+def _local_ways() -> "Iterator[list[Way] | None]":
     if importlib.util.find_spec("xxhash") is None:
-        yield Finding(
-            section="links here", name="", status="none", detail="not measured: xxhash is not installed"
-        )
+        yield None
         return
-    yield from _links(settings.peer)
+    from diptych.transceiver.doctor.links import local_ways
+
+    with local_ways(["cpu", "cuda"] if has_driver() else ["cpu"]) as ways:
+        yield ways
 
 
-def _links(peer: str | None) -> Iterator[Finding]:
-    from diptych.transceiver.doctor.links import local_links, peer_links
+def _peer(peer: str) -> Iterator[Finding]:
+    from diptych.transceiver.doctor.links import peer_ways
     from diptych.transceiver.ticket import decode_rank
 
-    found = list(local_links("cpu"))
-    if has_driver():
-        found += local_links("cuda")
-    yield from found
-    if not any(finding.gb_s for finding in found):
-        yield Finding(section="links here", name="", status="fails", detail="no transport works")
-    if peer is None:
-        return
     try:
         description = _describe(peer)
         names = list(decode_rank(description).transports)
     except (DiptychError, OSError) as error:
         yield Finding(section="links to peer", name=peer, status="fails", detail=str(error))
         return
-    reached = list(peer_links(description, names))
-    yield from reached
-    if not any(finding.gb_s for finding in reached):
-        yield Finding(section="links to peer", name=peer, status="fails", detail="no transport reaches it")
+    with peer_ways(description, names) as ways:
+        found = [way.measure() for way in ways]
+    yield from _with_verdict(found, "links to peer", peer, "no transport reaches it")
+
+
+def _with_verdict(found: list[Finding], section: str, name: str, failure: str) -> Iterator[Finding]:
+    yield from found
+    if not any(finding.gb_s for finding in found):
+        yield Finding(section=section, name=name, status="fails", detail=failure)
 
 
 def _describe(peer: str) -> bytes:
-    request = urllib.request.Request(
-        f"{parse_address(peer).url}/kv/peer", headers=ClusterTrust(None).headers()
-    )
-    with urllib.request.urlopen(request, timeout=_ASK_S) as response:
-        body: bytes = response.read()
-    return body
+    """Tries for a while: a doctor that listens, or a worker, may be starting."""
+    url, headers = f"{parse_address(peer).url}/kv/peer", ClusterTrust(None).headers()
+    deadline = time.monotonic() + _PEER_S
+    while True:
+        try:
+            request = urllib.request.Request(url, headers=headers)
+            with urllib.request.urlopen(request, timeout=_PEER_S) as response:
+                body: bytes = response.read()
+            return body
+        except OSError as error:
+            starting = (
+                not isinstance(error, urllib.error.HTTPError) or error.code == HTTPStatus.SERVICE_UNAVAILABLE
+            )
+            if not starting or time.monotonic() + _RETRY_S > deadline:
+                raise
+        time.sleep(_RETRY_S)
 
 
 async def _etcd(metadata: MetadataConfig) -> Finding:

@@ -2,7 +2,7 @@
 
 python -m diptych.transceiver.doctor.ends owner     {"transport", "device"} on standard input;
     {"peer": hex} on standard output; ends with standard input
-python -m diptych.transceiver.doctor.ends reader    {"transport", "device", "peer"} on standard input;
+python -m diptych.transceiver.doctor.ends reader    {"transport", "device"}, then {"peer"} on standard input;
     {"gb_s"} or {"reason", "remedy"} on standard output
 """
 
@@ -44,7 +44,6 @@ def _own(command: dict[str, Any]) -> None:
 
 
 def _read(command: dict[str, Any]) -> None:
-    rank = decode_rank(bytes.fromhex(command["peer"]))
     name = command["transport"]
     pool = make_pool(LAYOUT, NUM_BLOCKS, secrets.token_hex(8), command["device"])
     secret = ClusterTrust(None).secret
@@ -52,6 +51,8 @@ def _read(command: dict[str, Any]) -> None:
     transport = load(name, TransportContext(server, secret.encode() if secret else None))
     transport.register(pool)
     server.start()
+    # The slow part is done, beside the owner's.
+    rank = decode_rank(bytes.fromhex(json.loads(sys.stdin.readline())["peer"]))
     stop = Stop(MEASURE_S)
     peer = transport.connect(rank.transports[name], stop)
     _say(gb_s=max(transport.measure(peer, stop) for _ in range(3)))

@@ -1,12 +1,17 @@
-"""Each transport: whether it works here and how fast it is, to another process of this host or to a peer."""
+"""Each transport: whether it works here and how fast it is, to another process of this host or to a peer.
 
+All processes start at once, since that is what takes long; then one link after the other is measured.
+"""
+
+import contextlib
 import json
 import os
 import select
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,100 +19,105 @@ from diptych.transceiver import packages
 from diptych.transceiver.doctor.finding import Finding
 from diptych.transceiver.doctor.gpus import has_driver
 
-_START_S = 60.0  # a GPU's context and compiled kernels included
-_READ_S = 60.0
+_PATIENCE_S = 60.0  # a GPU's context and compiled kernels included
 _HERE, _THERE = "links here", "links to peer"
 
 # What an end's process says: {"peer": ...}, {"gb_s": ...}, or {"reason": ..., "remedy": ...}.
 Answer = dict[str, Any]
 
 
-def local_links(device: str) -> Iterator[Finding]:
-    """Between two processes of this host, with pools on `device`: "cpu" or "cuda"."""
-    owner_gpu, reader_gpu = _gpu_pair() if device == "cuda" else ("", "")
-    section = _HERE if device == "cpu" else f"GPU {_HERE}"
-    for name in ("shm" if device == "cpu" else "cuda_ipc", "tcp", *packages.OPTIONAL):
-        if remedy := packages.remedy(name):
-            yield _not_installed(section, name, remedy)
-            continue
-        with _owner(name, device, owner_gpu) as answer:
-            if "peer" in answer:
-                answer = _measured(name, device, answer["peer"], reader_gpu)
-            yield _finding(section, name, answer)
+class End:
+    """One process of ends.py, which gets ready while others do."""
 
-
-def peer_links(peer: bytes, names: list[str]) -> Iterator[Finding]:
-    """To the owner of that description, over each of these transports."""
-    for name in names:
-        if remedy := packages.remedy(name):
-            yield _not_installed(_THERE, name, remedy)
-            continue
-        device = "cuda" if has_driver() and name != "shm" else "cpu"
-        yield _finding(_THERE, name, _measured(name, device, peer.hex(), _gpu_pair()[1]))
-
-
-@contextmanager
-def _owner(name: str, device: str, gpu: str) -> Iterator[Answer]:
-    """Another process with a pool, as long as the context lasts."""
-    process = subprocess.Popen(
-        _end("owner"),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=_environment(device, gpu),
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        process.stdin.write(json.dumps({"transport": name, "device": device}) + "\n")
-        process.stdin.flush()
-        ready, _, _ = select.select([process.stdout], [], [], _START_S)
-        yield _answer(process.stdout.readline()) if ready else _silent(_START_S)
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def _measured(name: str, device: str, peer: str, gpu: str) -> Answer:
-    command = json.dumps({"transport": name, "device": device, "peer": peer})
-    try:
-        done = subprocess.run(
-            _end("reader"),
-            input=command + "\n",
+    def __init__(self, role: str, transport: str, device: str, gpu: str) -> None:
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu} if device == "cuda" else None
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "diptych.transceiver.doctor.ends", role],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            timeout=_READ_S,
-            check=False,
-            env=_environment(device, gpu),
+            env=environment,
         )
-    except subprocess.TimeoutExpired:
-        return _silent(_READ_S)
-    return _answer(done.stdout)
+        self.tell(transport=transport, device=device)
+
+    def tell(self, **command: str) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # its answer, or that there is none, says why
+            self._process.stdin.write(json.dumps(command) + "\n")
+            self._process.stdin.flush()
+
+    def answer(self) -> Answer:
+        assert self._process.stdout is not None
+        ready, _, _ = select.select([self._process.stdout], [], [], _PATIENCE_S)
+        line = self._process.stdout.readline() if ready else ""
+        if line:
+            answer: Answer = json.loads(line)
+            return answer
+        said = "its process ended without a word" if ready else f"nothing happened within {_PATIENCE_S:g} s"
+        return {"reason": said, "remedy": ""}
+
+    def close(self) -> None:
+        self._process.kill()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.communicate()
 
 
-def _end(name: str) -> list[str]:
-    return [sys.executable, "-m", "diptych.transceiver.doctor.ends", name]
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One transport to be measured. `reader`: None when its package is missing."""
+
+    section: str
+    name: str
+    reader: End | None
+    owner: End | None = None
+    peer: str = ""  # instead of an owner of ours
+
+    def measure(self) -> Finding:
+        if self.reader is None:
+            remedy = packages.remedy(self.name) or ""
+            return Finding(
+                section=self.section, name=self.name, status="none", detail="not installed", remedy=remedy
+            )
+        answer = {"peer": self.peer} if self.owner is None else self.owner.answer()
+        if "peer" in answer:
+            self.reader.tell(peer=answer["peer"])
+            answer = self.reader.answer()
+        return _finding(self.section, self.name, answer)
 
 
-def _environment(device: str, gpu: str) -> dict[str, str]:
-    return {**os.environ, "CUDA_VISIBLE_DEVICES": gpu} if device == "cuda" else dict(os.environ)
+@contextmanager
+def local_ways(devices: Sequence[str]) -> Iterator[list[Way]]:
+    """Between two processes of this host, with pools on each of the devices, "cpu" or "cuda"."""
+    with contextlib.ExitStack() as stack:
+        ways: list[Way] = []
+        for device in devices:
+            gpus = _gpu_pair() if device == "cuda" else ("", "")
+            section = _HERE if device == "cpu" else f"GPU {_HERE}"
+            for name in ("shm" if device == "cpu" else "cuda_ipc", "tcp", *packages.OPTIONAL):
+                if packages.remedy(name):
+                    ways.append(Way(section, name, None))
+                    continue
+                owner, reader = End("owner", name, device, gpus[0]), End("reader", name, device, gpus[1])
+                stack.callback(owner.close)
+                stack.callback(reader.close)
+                ways.append(Way(section, name, reader, owner))
+        yield ways
 
 
-def _answer(line: str) -> Answer:
-    if not line:
-        return {"reason": "its process ended without a word", "remedy": ""}
-    answer: Answer = json.loads(line)
-    return answer
-
-
-def _silent(seconds: float) -> Answer:
-    return {"reason": f"nothing happened within {seconds:g} s", "remedy": ""}
-
-
-def _not_installed(section: str, name: str, remedy: str) -> Finding:
-    return Finding(section=section, name=name, status="none", detail="not installed", remedy=remedy)
+@contextmanager
+def peer_ways(peer: bytes, names: Sequence[str]) -> Iterator[list[Way]]:
+    """To the owner of that description, over each of these transports."""
+    with contextlib.ExitStack() as stack:
+        ways: list[Way] = []
+        for name in names:
+            reader = None
+            if packages.remedy(name) is None:
+                device = "cuda" if has_driver() and name != "shm" else "cpu"
+                reader = End("reader", name, device, _gpu_pair()[1])
+                stack.callback(reader.close)
+            ways.append(Way(_THERE, name, reader, peer=peer.hex()))
+        yield ways
 
 
 def _finding(section: str, name: str, answer: Answer) -> Finding:

@@ -15,14 +15,17 @@ PATH = "/kv/peer"
 
 def serve(host: str, port: int) -> ThreadingHTTPServer:
     """A server that listens, whose `serve_forever` is still to be called. Its pool lives as long as the process."""
+    try:
+        server = ThreadingHTTPServer((host, port), BaseHTTPRequestHandler)  # now: what follows takes a while
+    except OSError as error:
+        raise StartupError(f"cannot listen on {host}:{port}: {error.strerror}") from error
     device = "cuda" if has_driver() else "cpu"
     names = (
         "cuda_ipc" if device == "cuda" else "shm",
         "tcp",
         *(name for name in packages.OPTIONAL if packages.remedy(name) is None),
     )
-    owner = open_owner(names, device, host)
-    trust, description = ClusterTrust(None), encode_rank(owner.describe())
+    trust, description = ClusterTrust(None), encode_rank(open_owner(names, device, host).describe())
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -37,11 +40,8 @@ def serve(host: str, port: int) -> ThreadingHTTPServer:
         def log_message(self, format: str, *arguments: object) -> None:
             """Nothing: the doctor's terminal is for its findings."""
 
-    try:
-        return ThreadingHTTPServer((host, port), Handler)
-    except OSError as error:
-        owner.close()
-        raise StartupError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    server.RequestHandlerClass = Handler
+    return server
 
 
 def _response(

@@ -1,5 +1,6 @@
 """The doctor on this host, as a user starts it, and beside a peer."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -65,12 +66,12 @@ def test_what_is_not_installed_says_what_to_install():
             assert lines[name]["remedy"] == remedy
 
 
-def test_a_peer_that_is_not_there_fails():
-    code, report = doctor("--peer", "127.0.0.1:1")
-    assert code == 1
-    [line] = [line for line in report["findings"] if line["section"] == "links to peer"]
-    assert line["status"] == "fails"
-    assert "refused" in line["detail"]
+def test_a_peer_that_is_not_there_fails(monkeypatch):
+    monkeypatch.setattr(command, "_PEER_S", 0.1)
+    findings = list(command._peer("127.0.0.1:1"))
+    [line] = findings
+    assert line.status == "fails"
+    assert "refused" in line.detail
 
 
 def test_a_router_only_install_cannot_serve(monkeypatch, capsys):
@@ -80,12 +81,12 @@ def test_a_router_only_install_cannot_serve(monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "torch" in shown
     assert "pip install 'diptych[worker]'" in shown
-    assert "not measured: xxhash is not installed" in shown
+    assert "not measured: needs xxhash" in shown
     assert shown.splitlines()[-1] == "Not as it is: see what fails."
 
 
 def test_an_etcd_that_does_not_answer_fails(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(command, "_links", lambda peer: iter(()))
+    monkeypatch.setattr(command, "_local_ways", lambda: contextlib.nullcontext([]))
     monkeypatch.setattr(command, "_ASK_S", 0.5)
     file = tmp_path / "metadata_config.yaml"
     file.write_text("server_type: etcd\nhostname: 127.0.0.1\nport: 1\n")
