@@ -58,7 +58,7 @@ class HostLimits:
         if self.rdma_devices and not foreign:
             yield Concern(
                 f"this host has RDMA ({', '.join(self.rdma_devices)}), but KV to other hosts goes over TCP",
-                packages.remedy("nixl") or "let cache_transceiver_config.backend be DEFAULT or NIXL",
+                packages.missing_package("nixl") or "let cache_transceiver_config.backend be DEFAULT or NIXL",
             )
         if foreign and self.ptrace_scope and not self.may_trace:
             yield Concern(

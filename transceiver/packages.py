@@ -30,8 +30,8 @@ _UCX_DEFAULTS = {
 }
 
 
-def remedy(transport: str) -> str | None:
-    """None: the package is here, or none is needed."""
+def missing_package(transport: str) -> str | None:
+    """How to install it; None: it is here, or none is needed."""
     modules, install = _PACKAGES.get(transport, ((), ""))
     if not modules or any(importlib.util.find_spec(module) for module in modules):
         return None

@@ -38,7 +38,7 @@ def choose_transports(backend: str | None, environment: Mapping[str, str]) -> Tr
     """ConfigError for a backend that this version does not have, or whose package is missing."""
     name, source = _name(backend or "DEFAULT", environment)
     if name == "DEFAULT":
-        installed = (name for name in packages.OPTIONAL if packages.remedy(name) is None)
+        installed = (name for name in packages.OPTIONAL if packages.missing_package(name) is None)
         return Transports(("shm", "tcp"), tuple(installed))
     transports = _TRANSPORTS.get(name)
     if transports is None:
@@ -46,7 +46,7 @@ def choose_transports(backend: str | None, environment: Mapping[str, str]) -> Tr
             f"{source} asks for {name}, which is not in this version; use DEFAULT (the fastest that reaches "
             f"each peer), or one of {', '.join(_TRANSPORTS)}"
         )
-    for remedy in filter(None, map(packages.remedy, transports)):
+    for remedy in filter(None, map(packages.missing_package, transports)):
         raise ConfigError(
             f"{source} asks for {name}, whose package is not installed: {remedy}, or use DEFAULT"
         )

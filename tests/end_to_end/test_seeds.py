@@ -198,7 +198,7 @@ class Terminal:
 
     def _here(self, text: str) -> str:
         text = text.replace("TinyLlama/TinyLlama-1.1B-Chat-v1.0", MODEL)
-        if packages.remedy("ucx"):
+        if packages.missing_package("ucx"):
             text = text.replace("backend: UCX", "backend: DEFAULT")
         return re.sub(r"\b(800[0-4]|2379)\b", lambda found: self._ports[found[1]], text)
 
@@ -360,7 +360,9 @@ def test_one_server_with_every_printed_option(terminal):
     assert "# TYPE nv_trt_llm_disaggregated_serving_metrics counter" in text
 
 
-@pytest.mark.skipif(packages.remedy("ucx") is None, reason="UCX is installed: the other tests use it")
+@pytest.mark.skipif(
+    packages.missing_package("ucx") is None, reason="UCX is installed: the other tests use it"
+)
 def test_ucx_without_its_package_says_what_to_install(terminal):
     (terminal.folder / "ucx.yaml").write_text(GENERATION_YAML)
     terminal.run(f"trtllm-serve {MODEL} --port 0 --extra_llm_api_options ucx.yaml &> log_server; [ $? = 2 ]")

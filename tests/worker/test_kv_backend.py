@@ -12,7 +12,7 @@ def installed(monkeypatch):
     """Names of the optional transports whose packages are there."""
     names: set[str] = set()
     remedy = {"nixl": "pip install nixl-cu13", "ucx": "pip install ucxx-cu13"}
-    monkeypatch.setattr(packages, "remedy", lambda name: None if name in names else remedy.get(name))
+    monkeypatch.setattr(packages, "missing_package", lambda name: None if name in names else remedy.get(name))
     return names
 
 
@@ -39,7 +39,7 @@ def test_a_name_is_that_transport_and_no_other(installed, backend):
 def test_a_missing_package_is_one_sentence_with_the_remedy(installed, backend):
     message = refusal(backend)
     assert message.startswith(f"cache_transceiver_config.backend asks for {backend}")
-    assert f": {packages.remedy(backend.lower())}, or use DEFAULT" in message
+    assert f": {packages.missing_package(backend.lower())}, or use DEFAULT" in message
 
 
 @pytest.mark.parametrize("backend", ["MOONCAKE", "MPI"])

@@ -69,7 +69,7 @@ def _examine(settings: DoctorSettings) -> Iterator[Finding]:
         ways = stack.enter_context(_local_ways())
         yield from versions()
         yield from gpus()
-        installed = [name for name in packages.OPTIONAL if packages.remedy(name) is None]
+        installed = [name for name in packages.OPTIONAL if packages.missing_package(name) is None]
         yield from limits(HostLimits.read(), installed, _POOL_BYTES)
         if settings.metadata is not None:
             yield asyncio.run(_etcd(settings.metadata))

@@ -75,7 +75,7 @@ class Way:
 
     def measure(self) -> Finding:
         if self.reader is None:
-            remedy = packages.remedy(self.name) or ""
+            remedy = packages.missing_package(self.name) or ""
             return Finding(
                 section=self.section, name=self.name, status="none", detail="not installed", remedy=remedy
             )
@@ -95,7 +95,7 @@ def local_ways(devices: Sequence[str]) -> Iterator[list[Way]]:
             gpus = _gpu_pair() if device == "cuda" else ("", "")
             section = _HERE if device == "cpu" else f"GPU {_HERE}"
             for name in ("shm" if device == "cpu" else "cuda_ipc", "tcp", *packages.OPTIONAL):
-                if packages.remedy(name):
+                if packages.missing_package(name):
                     ways.append(Way(section, name, None))
                     continue
                 owner, reader = End("owner", name, device, gpus[0]), End("reader", name, device, gpus[1])
@@ -112,7 +112,7 @@ def peer_ways(peer: bytes, names: Sequence[str]) -> Iterator[list[Way]]:
         ways: list[Way] = []
         for name in names:
             reader = None
-            if packages.remedy(name) is None:
+            if packages.missing_package(name) is None:
                 device = "cuda" if has_driver() and name != "shm" else "cpu"
                 reader = End("reader", name, device, _gpu_pair()[1])
                 stack.callback(reader.close)

@@ -23,7 +23,7 @@ def serve(host: str, port: int) -> ThreadingHTTPServer:
     names = (
         "cuda_ipc" if device == "cuda" else "shm",
         "tcp",
-        *(name for name in packages.OPTIONAL if packages.remedy(name) is None),
+        *(name for name in packages.OPTIONAL if packages.missing_package(name) is None),
     )
     trust, description = ClusterTrust(None), encode_rank(open_owner(names, device, host).describe())
 

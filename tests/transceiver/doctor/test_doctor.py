@@ -61,7 +61,7 @@ def test_what_is_not_installed_says_what_to_install():
     _, report = doctor()
     lines = {line["name"]: line for line in report["findings"] if line["section"] == "links here"}
     for name in packages.OPTIONAL:
-        if remedy := packages.remedy(name):
+        if remedy := packages.missing_package(name):
             assert lines[name]["status"] == "none"
             assert lines[name]["remedy"] == remedy
 
