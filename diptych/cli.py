@@ -224,6 +224,33 @@ def kv_bench(**options: Any) -> None:
 
 
 @main.command()
+@option("--peer", help="HOST:PORT of a worker, or of a doctor that listens: measure the way to it.")
+@option("--listen", type=click.IntRange(0, 65535), help="Be such a peer on this port, until Ctrl-C.")
+@option("--host", help="Address to listen on [0.0.0.0].")
+@option("--metadata_server_config_file", "-m", help="YAML file that says where etcd is: can it be reached?")
+@flag("--json", "as_json", help="Print JSON.")
+def doctor(
+    peer: str | None,
+    listen: int | None,
+    host: str | None,
+    metadata_server_config_file: str | None,
+    as_json: bool | None,
+) -> None:
+    """Say what a worker would find on this host; exit code 0 when it could serve, 1 when not."""
+    logs.configure("error")
+    from diptych.transceiver.doctor import command
+
+    if listen is not None:
+        command.listen(host or "0.0.0.0", listen)
+        return
+    places = _places({"metadata_server_config_file": metadata_server_config_file})
+    settings = command.DoctorSettings(
+        peer=peer, metadata=places.get("metadata_server"), as_json=bool(as_json)
+    )
+    raise SystemExit(command.run(settings))
+
+
+@main.command()
 def version() -> None:
     """Print the version."""
     click.echo(__version__)

@@ -29,6 +29,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     seed: int = 0
     logit_bias: dict[int, float] = {}
     num_logprobs: int | None = None  # None: off; n: the chosen token's and the n most likely ones'
+    prompt_logprobs: bool = False  # those of the prompt's tokens, too; needs num_logprobs
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
 
@@ -100,6 +101,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     request_id: str
     token_ids: list[int] = []
     logprobs: list[Logprob] | None = None
+    prompt_logprobs: list[Logprob] | None = None  # with the first token: of the prompt's tokens but the first
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # set when a stop token (not the model's own EOS) ended it
     error: str | None = None  # with finish_reason "error"
@@ -108,6 +110,21 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ticket_id: str | None = None
     num_cached_tokens: int | None = None  # with the first event
     times: SequenceTimes | None = None  # with the first token
+
+
+class LinkStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """KV copies from one peer over one transport. Totals since the start, but for `open` and `probed_gb_s`."""
+
+    peer: str  # host:port of its transceiver
+    transport: str
+    copies: int = 0  # that ended well, as do the figures below
+    bytes: int = 0
+    wait_s: float = 0.0  # from the fetch's begin to the copy's
+    copy_s: float = 0.0  # digests that are computed as the bytes land included
+    verify_s: float = 0.0  # from the last byte's arrival to the proof that it is the right one
+    open: int = 0  # copies that run now
+    failures: dict[str, int] = {}  # by code
+    probed_gb_s: float = 0.0  # what the start-up measurement found; 0: none
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -121,6 +138,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     tokens_per_block: int = 0
     waiting: int = 0
     running: int = 0
+    prefilling: int = 0  # those of them whose prompt is not computed yet
+    pending_prompt_tokens: int = 0  # what is left of those prompts
     fetching: int = 0
     steps: int = 0
     prompt_tokens: int = 0
@@ -132,6 +151,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     fetch_bytes: int = 0
     fetch_s: float = 0.0
     leases_expired: int = 0
+    queued_fetches: int = 0  # for one of `max_concurrent_fetches`, or for max_tokens_in_buffer
+    links: list[LinkStats] = []
     iteration: dict[str, Any] | None = None  # the last step, when enable_iter_perf_stats is on
 
 
@@ -144,6 +165,10 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     vocab_size: int
     layout: dict[str, Any]
     num_blocks: int
+    pool_bytes: int = 0
+    device: str = "cpu"
+    max_batch_size: int = 0
+    kv_peer: bytes = b""  # how the transceiver is reached, for GET /kv/peer
     kernel: str  # which kernels run the model, for the log and /server_info
     load_s: float = 0.0
 

@@ -15,6 +15,7 @@ from diptych.transceiver import ticket as tickets
 from diptych.transceiver.digest import LandedDigests, known_kind, require_digests, require_generations
 from diptych.transceiver.frames import Begin, Finish
 from diptych.transceiver.link import Link
+from diptych.transceiver.meter import Meter
 from diptych.transceiver.owners import Part, choose_parts
 from diptych.transceiver.plan import CopyPlan, plan_copy
 from diptych.transceiver.routes import Routes
@@ -66,6 +67,7 @@ class Fetcher:
         self,
         layout: KvLayout,
         transports: Mapping[str, Transport],
+        meter: Meter,
         *,
         verify_digest: bool,
         measure: bool,
@@ -79,7 +81,8 @@ class Fetcher:
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._links: dict[tuple[str, str, int], Link] = {}
-        self._routes = Routes(transports, measure=measure)
+        self._meter = meter
+        self._routes = Routes(transports, measure=measure, probed=meter.probed)
         self._closed = False
 
     def run(self, fetch: Fetch) -> FetchDone:
@@ -180,16 +183,17 @@ class Fetcher:
         fetch.transfer = transfer
         # Only now: the thread that tells the owner would hold up the start of a copy.
         self._begin(fetch, ticket)
-        try:
-            transfer.wait()
-        finally:
-            fetch.transfer = None
-        require_generations(transfer.generations, [ticket.generations[i] for i in plan.positions])
-        found = transfer.digests
-        if found is None and on_host is not None:
-            found = on_host.of(plan.destination_blocks)
-        if kind is not None and found is not None:
-            require_digests(found, [rank.digests[i] for i in plan.positions], plan.complete)
+        with self._meter.copying(rank, transport.name, transfer, fetch.started_at):
+            try:
+                transfer.wait()
+            finally:
+                fetch.transfer = None
+            require_generations(transfer.generations, [ticket.generations[i] for i in plan.positions])
+            found = transfer.digests
+            if found is None and on_host is not None:
+                found = on_host.of(plan.destination_blocks)
+            if kind is not None and found is not None:
+                require_digests(found, [rank.digests[i] for i in plan.positions], plan.complete)
         return transfer
 
     def _begin(self, fetch: Fetch, ticket: Ticket) -> None:

@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from diptych.transceiver.settings import FetchDone, FetchFailed, TransceiverEvent
+from diptych.wire import LinkStats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,9 +18,11 @@ class TransceiverMetrics:
     fetches_by_transport: dict[str, int] = field(default_factory=dict)
     failures: dict[str, int] = field(default_factory=dict)  # by code
     open_fetches: int = 0
+    queued_fetches: int = 0  # those of them that have not begun
     open_leases: int = 0
     open_leases_read: int = 0  # those that a reader has begun to read
     leases_ended: dict[str, int] = field(default_factory=dict)  # by reason
+    links: list[LinkStats] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -44,7 +47,15 @@ class Counts:
         else:
             self.leases_ended[event.reason] += 1
 
-    def snapshot(self, *, open_fetches: int, open_leases: int, open_leases_read: int) -> TransceiverMetrics:
+    def snapshot(
+        self,
+        *,
+        open_fetches: int,
+        queued_fetches: int,
+        open_leases: int,
+        open_leases_read: int,
+        links: list[LinkStats],
+    ) -> TransceiverMetrics:
         return TransceiverMetrics(
             fetches=self.by_transport.total(),
             bytes=self.bytes,
@@ -53,7 +64,9 @@ class Counts:
             fetches_by_transport=dict(self.by_transport),
             failures=dict(self.failures),
             open_fetches=open_fetches,
+            queued_fetches=queued_fetches,
             open_leases=open_leases,
             open_leases_read=open_leases_read,
             leases_ended=dict(self.leases_ended),
+            links=links,
         )

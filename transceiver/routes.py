@@ -6,7 +6,7 @@ is measured in the background, and from then on the fastest comes first. Knows n
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from diptych.errors import TransferError
@@ -20,8 +20,16 @@ _MEASURE_S = 2.0  # for one transport
 
 
 class Routes:
-    def __init__(self, transports: Mapping[str, Transport], *, measure: bool) -> None:
+    def __init__(
+        self,
+        transports: Mapping[str, Transport],
+        *,
+        measure: bool,
+        probed: Callable[[OwnerRank, str, float], None] = lambda rank, name, gb_s: None,
+    ) -> None:
+        """`probed` is told each measurement, in GB/s."""
         self._transports = transports
+        self._probed = probed
         self._lock = threading.Lock()
         self._used: dict[str, str] = {}  # incarnation -> transport, for one log line a peer
         self._speeds: dict[str, dict[str, float]] = {}  # incarnation -> transport -> GB/s
@@ -88,6 +96,8 @@ class Routes:
             if not speeds or rank.incarnation not in self._used:
                 return
             self._speeds[rank.incarnation] = speeds
+        for name, speed in speeds.items():
+            self._probed(rank, name, speed)
         best, *others = sorted(speeds, key=lambda name: -speeds[name])
         beside = "".join(f", {name} {speeds[name]:.1f}" for name in others)
         log.info(

@@ -7,7 +7,8 @@ from diptych.transceiver.lease import EndReason
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransceiverSettings:
-    backends: tuple[str, ...] = ("shm", "tcp")  # tried in this order
+    backends: tuple[str, ...] = ("shm", "tcp")  # tried in this order, until they are measured
+    optional_backends: tuple[str, ...] = ()  # after those; left out when they do not work here
     bind_host: str = "127.0.0.1"
     port: int = 0  # 0: any free port; the ticket says which
     advertise_host: str | None = None  # what readers dial; None: bind_host, or the default route's address
@@ -16,6 +17,7 @@ class TransceiverSettings:
     verify_digest: bool = True
     secret: str | None = None
     max_concurrent_fetches: int = 16
+    max_tokens_in_flight: int | None = None  # of all running fetches together; a longer one runs alone
     measure_transports: bool = True  # each once a peer, in the background; the fastest is taken from then on
     copy_programs: int = 32  # of a GPU's copy kernel at a time: what it takes away from the model
 

@@ -74,6 +74,7 @@ class _Head(msgspec.Struct):
 _ENCODER = msgspec.msgpack.Encoder()
 _TICKET = msgspec.msgpack.Decoder(Ticket)
 _HEAD = msgspec.msgpack.Decoder(_Head)
+_RANK = msgspec.msgpack.Decoder(OwnerRank)
 
 
 def new_ticket_id() -> str:
@@ -96,6 +97,17 @@ def decode(data: bytes) -> Ticket:
         raise TransferError(f"ticket cannot be read: {error}", code="layout") from error
     _check(ticket)
     return ticket
+
+
+def encode_rank(rank: OwnerRank) -> bytes:
+    return _ENCODER.encode(rank)
+
+
+def decode_rank(data: bytes) -> OwnerRank:
+    try:
+        return _RANK.decode(data)
+    except msgspec.MsgspecError as error:
+        raise TransferError(f"the peer's description cannot be read: {error}", code="layout") from error
 
 
 def join(tickets: list[Ticket]) -> Ticket:

@@ -11,7 +11,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 
 from diptych.errors import TransferError
 from diptych.kv_layout import KvLayout
@@ -19,8 +20,10 @@ from diptych.transceiver import ticket as tickets
 from diptych.transceiver.connection import Connection
 from diptych.transceiver.digest import OwnerDigests
 from diptych.transceiver.fetch import Fetch, Fetcher
+from diptych.transceiver.fetch_queue import FetchQueue
 from diptych.transceiver.frames import BadFrame, Begin, Finish, Message, Renew
 from diptych.transceiver.lease import EndedLease, LeaseTable
+from diptych.transceiver.meter import Meter
 from diptych.transceiver.metrics import Counts, TransceiverMetrics
 from diptych.transceiver.pool import KvPool
 from diptych.transceiver.server import Server
@@ -32,8 +35,9 @@ from diptych.transceiver.settings import (
     TransceiverSettings,
 )
 from diptych.transceiver.stop import Stop
-from diptych.transceiver.ticket import Ticket
-from diptych.transceiver.transport import TransportContext, load
+from diptych.transceiver.ticket import OwnerRank, Ticket
+from diptych.transceiver.transport import TransportContext
+from diptych.transceiver.ways import open_ways
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +67,7 @@ class Transceiver:
         self._events: deque[TransceiverEvent] = deque()
         self._lock = threading.Lock()  # of leases and metrics
         self._counts = Counts()
+        self._meter = Meter()
         self._server = Server(
             incarnation=memory.identity.incarnation,
             bind_host=settings.bind_host,
@@ -75,20 +80,20 @@ class Transceiver:
             context = TransportContext(
                 self._server, secret, settings.timeout_s, copy_programs=settings.copy_programs
             )
-            self._transports = {name: load(name, context) for name in settings.backends}
-            self._regions = {name: way.register(memory) for name, way in self._transports.items()}
+            self._ways = open_ways(settings, context, memory)
         except BaseException:
             self._server.close()
             raise
         self._fetcher = Fetcher(
             layout,
-            self._transports,
+            self._ways.transports,
+            self._meter,
             verify_digest=settings.verify_digest,
             measure=settings.measure_transports,
             secret=secret,
             timeout_s=settings.timeout_s,
         )
-        self._executor = ThreadPoolExecutor(settings.max_concurrent_fetches, thread_name_prefix="kv-fetch")
+        self._queue = FetchQueue(settings.max_concurrent_fetches, settings.max_tokens_in_flight)
         self._server.handle("control", self._serve_control)
         self._server.start()
 
@@ -111,7 +116,7 @@ class Transceiver:
             digest_kind=self._memory.digest_kind,
             host=host,
             port=port,
-            transports=self._regions,
+            transports=self._ways.regions,
             lease_s=self._settings.lease_s,
         )
         with self._lock:
@@ -130,7 +135,8 @@ class Transceiver:
             tuple(destination_blocks),
             Stop(self._settings.timeout_s),
         )
-        self._fetches[fetch.fetch_id] = (fetch, self._executor.submit(self._run, fetch))
+        num_tokens = len(fetch.destination_blocks) * self._layout.tokens_per_block
+        self._fetches[fetch.fetch_id] = (fetch, self._queue.submit(num_tokens, partial(self._run, fetch)))
         return fetch.fetch_id
 
     def abort(self, fetch_id: int) -> None:
@@ -141,7 +147,7 @@ class Transceiver:
         fetch.abort()
         if future.cancel():  # it had not begun
             self._post(FetchFailed(fetch_id, "cancelled", "the fetch was aborted before it began"))
-            self._executor.submit(self._decline, fetch)
+            self._queue.submit(0, partial(self._decline, fetch))
 
     def release(self, ticket_id: str) -> None:
         """Owner side: nobody will come for this ticket. Unknown tickets are ignored."""
@@ -163,6 +169,19 @@ class Transceiver:
             events.append(event)
         return events
 
+    def describe(self) -> OwnerRank:
+        """How a peer reaches this pool, without any blocks: for one that only measures the way."""
+        host, port = self._server.address
+        return OwnerRank(
+            ticket_id="",
+            incarnation=self._memory.identity.incarnation,
+            layout=self._layout,
+            fingerprint=self._memory.identity.fingerprint,
+            host=host,
+            port=port,
+            transports=self._ways.regions,
+        )
+
     @property
     def address(self) -> tuple[str, int]:
         """Where readers dial, for the log and /server_info."""
@@ -172,17 +191,19 @@ class Transceiver:
         with self._lock:
             return self._counts.snapshot(
                 open_fetches=len(self._fetches),
+                queued_fetches=self._queue.num_waiting,
                 open_leases=len(self._leases),
                 open_leases_read=self._leases.num_read,
+                links=self._meter.links(),
             )
 
     def close(self) -> None:
         """Ends every fetch (their events can still be polled) and lets go of the pool's memory."""
         for fetch_id in list(self._fetches):
             self.abort(fetch_id)
-        self._executor.shutdown(wait=True)
+        self._queue.close()
         self._fetcher.close()
-        for transport in self._transports.values():
+        for transport in self._ways.transports.values():
             transport.close()
         self._server.close()
 

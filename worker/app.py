@@ -17,7 +17,7 @@ from diptych import __version__
 from diptych.config import LlmConfig
 from diptych.errors import DiptychError, InvalidRequest, NotFound, PayloadTooLarge
 from diptych.worker.keys import SERVICE
-from diptych.worker.kv_routes import kv_cache_events, kv_events
+from diptych.worker.kv_routes import kv_cache_events, kv_events, kv_peer
 from diptych.worker.registration import registered
 from diptych.worker.responder import chat, complete, probe, tokenize
 from diptych.worker.service import WorkerService
@@ -67,6 +67,7 @@ def create_app(service: WorkerService) -> web.Application:
             web.post("/kv/release", _release),
             web.post("/drain", _drain),
             web.get("/kv_events", kv_events),
+            web.get("/kv/peer", kv_peer),
             web.post("/kv_cache_events", kv_cache_events),
         ]
     )

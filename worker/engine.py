@@ -182,6 +182,7 @@ class Engine:
         scheduler = self._scheduler
         counts = scheduler.pool.counts()
         transfers = self._transceiver.metrics()
+        prefills = scheduler.prefills()
         return EngineStats(
             free_blocks=counts.free,
             cached_blocks=counts.cached,
@@ -191,6 +192,8 @@ class Engine:
             tokens_per_block=scheduler.limits.tokens_per_block,
             waiting=scheduler.num_waiting,
             running=scheduler.num_running,
+            prefilling=len(prefills),
+            pending_prompt_tokens=sum(prefills),
             fetching=scheduler.num_fetching,
             steps=self._steps,
             prompt_tokens=scheduler.num_prompt_tokens,
@@ -202,7 +205,11 @@ class Engine:
             fetch_bytes=transfers.bytes,
             fetch_s=transfers.total_s,
             leases_expired=transfers.leases_ended.get("expired", 0),
-            iteration=iteration_stats(plan, scheduler, self._steps, now - started)
+            queued_fetches=transfers.queued_fetches,
+            links=transfers.links,
+            iteration=iteration_stats(
+                plan, scheduler, self._steps, planned_at=started, latency_s=now - started
+            )
             if self._collect_iterations and plan.chunks
             else None,
         )

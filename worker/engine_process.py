@@ -72,7 +72,9 @@ def _build(settings: EngineSettings, link: EngineLink) -> "Engine":
     link.send(EngineProgress(message="importing torch"))
     import torch
 
+    from diptych.transceiver.host_limits import HostLimits
     from diptych.transceiver.settings import TransceiverSettings
+    from diptych.transceiver.ticket import encode_rank
     from diptych.transceiver.transceiver import Transceiver
     from diptych.worker.engine import Engine
     from diptych.worker.runner import ModelRunner
@@ -116,6 +118,8 @@ def _build(settings: EngineSettings, link: EngineLink) -> "Engine":
         layout,
         TransceiverSettings(
             backends=usable_transports(settings),
+            optional_backends=settings.optional_transports,
+            max_tokens_in_flight=settings.max_tokens_in_flight,
             bind_host=settings.transceiver_host,
             lease_s=settings.lease_s,
             timeout_s=settings.kv_transfer_timeout_s,
@@ -123,6 +127,8 @@ def _build(settings: EngineSettings, link: EngineLink) -> "Engine":
         ),
         wake=link.wake,
     )
+    for concern in HostLimits.read().concerns(transceiver.describe().transports, memory.identity.host_bytes):
+        log.warning("%s", concern)
     engine = Engine(
         link,
         Scheduler(limits, pool),
@@ -138,6 +144,10 @@ def _build(settings: EngineSettings, link: EngineLink) -> "Engine":
             vocab_size=config.vocab_size,
             layout=msgspec.to_builtins(layout) | {"fingerprint": layout.fingerprint()},
             num_blocks=count,
+            pool_bytes=count * layout.block_bytes,
+            device=settings.device,
+            max_batch_size=settings.max_batch_size,
+            kv_peer=encode_rank(transceiver.describe()),
             kernel=model.kernel_name,
             load_s=time.monotonic() - started,
         )

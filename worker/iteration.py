@@ -1,17 +1,25 @@
 """One entry of `GET /metrics`: the statistics of one step under TensorRT-LLM's names."""
 
+from datetime import datetime
 from typing import Any
 
 from diptych.worker.scheduler import Scheduler, StepPlan
 
 
-def iteration_stats(plan: StepPlan, scheduler: Scheduler, step: int, latency_s: float) -> dict[str, Any]:
+def iteration_stats(
+    plan: StepPlan, scheduler: Scheduler, step: int, *, planned_at: float, latency_s: float
+) -> dict[str, Any]:
+    """`planned_at`: on the scheduler's clock."""
     pool, limits = scheduler.pool.counts(), scheduler.limits
     contexts = [chunk for chunk in plan.chunks if chunk.start + chunk.count <= chunk.sequence.num_prompt]
     prompt_tokens = scheduler.num_prompt_tokens
+    new = [chunk.sequence for chunk in plan.chunks if chunk.sequence.scheduled_at == planned_at]
     return {
         "iter": step,
         "iterLatencyMS": latency_s * 1000,
+        "timestamp": datetime.now().isoformat(sep=" "),
+        "newActiveRequestsQueueLatencyMS": sum(planned_at - sequence.arrival for sequence in new) * 1000,
+        "numNewActiveRequests": len(new),
         "gpuMemUsage": 0,
         "numActiveRequests": scheduler.num_running + scheduler.num_fetching,
         "numQueuedRequests": scheduler.num_waiting,

@@ -26,6 +26,7 @@ from diptych.openai import (
 from diptych.telemetry import Timeline
 from diptych.text import ChoiceText, Delta
 from diptych.wire import Submit, TokenEvent
+from diptych.worker.interval import StreamInterval
 from diptych.worker.prompts import check_length
 from diptych.worker.service import WorkerService
 
@@ -107,7 +108,11 @@ class Job:
                 self._service.engine.submit(choice.submit, self._events.put_nowait)
 
     async def deltas(self) -> AsyncGenerator[list[tuple[Choice, Delta]], None]:
-        """What each engine step brings, until every choice is done. Raises the first error of any choice."""
+        """What each engine step brings, until every choice is done. Raises the first error of any choice.
+
+        A stream gets it by `stream_interval` tokens.
+        """
+        interval = StreamInterval[Choice](self._service.config.stream_interval if self._request.stream else 1)
         while self._open:
             events = [await self._next_event()]
             while not self._events.empty():
@@ -117,7 +122,8 @@ class Job:
                 choice = self._open.get(event.request_id)
                 if choice is not None:
                     batch.append((choice, self._feed(choice, event)))
-            yield batch
+            if due := interval.add(batch):
+                yield due
 
     def close(self) -> None:
         """Whatever still runs stops; tickets that nobody will get give their blocks back."""
@@ -180,10 +186,8 @@ class Job:
         request, service = self._request, self._service
         max_seq_len = service.ready.max_seq_len
         check_length(len(prompt), request.max_tokens, max_seq_len)
-        echo = ""
-        if isinstance(request, CompletionRequest) and request.echo:
-            echo = service.tokenizer.decode(prompt, skip_special_tokens=request.skip_special_tokens)
-        text = to_choice_text(request, service.tokenizer, echo=echo)
+        echoes = isinstance(request, CompletionRequest) and request.echo
+        text = to_choice_text(request, service.tokenizer, echo=prompt if echoes else ())
         seeded, choice_index = request, number
         if request.seed is None and self._leg is not None and self._leg.seed is not None:
             # The router's seed stands for none: no two choices draw alike, equal prompts or not.
@@ -229,6 +233,13 @@ class Job:
                 f"each of the {len(first)} first_gen_tokens",
                 param="disaggregated_params.first_gen_logprobs",
             )
+        of_prompt = handed.prompt_logprobs
+        if of_prompt is not None and len(of_prompt) != len(prompt) - 1:
+            raise InvalidRequest(
+                f"disaggregated_params.prompt_logprobs has {len(of_prompt)} entries; it must have one for each "
+                f"of the prompt's {len(prompt)} tokens but the first",
+                param="disaggregated_params.prompt_logprobs",
+            )
         ended = handed.finish_reason
         stop_token = handed.stop_reason if isinstance(handed.stop_reason, int) else None
         text.feed(
@@ -236,6 +247,7 @@ class Job:
                 request_id="",
                 token_ids=first,
                 logprobs=logprobs,
+                prompt_logprobs=of_prompt,
                 finish_reason=ended,
                 stop_token_id=stop_token,
             )
@@ -290,6 +302,7 @@ class Job:
             ctx_request_id=event.request_id,
             first_gen_tokens=event.token_ids,
             first_gen_logprobs=event.logprobs,
+            prompt_logprobs=event.prompt_logprobs,
             encoded_opaque_state=encode_ticket(event.ticket) if goes_on and event.ticket else None,
             ticket_id=event.ticket_id if goes_on else None,
             cached_tokens=choice.cached_tokens,
@@ -301,8 +314,14 @@ class Job:
         times = event.times
         assert times is not None
         self._first_token_at = time.monotonic()
+        wire_s = min(times.wire_s, times.fetch_s)
         self._timeline.mark_split(
-            [("queue", times.queue_s), ("fetch", times.fetch_s), ("prefill", times.prefill_s)],
+            [
+                ("queue", times.queue_s),
+                ("fetch", times.fetch_s - wire_s),
+                ("wire", wire_s),
+                ("prefill", times.prefill_s),
+            ],
             rest="engine_link",
         )
         metrics = self._service.metrics

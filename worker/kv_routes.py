@@ -24,6 +24,14 @@ async def kv_events(http: web.Request) -> web.Response:
     return web.Response(body=msgspec.msgpack.encode(events), content_type="application/msgpack")
 
 
+async def kv_peer(http: web.Request) -> web.Response:
+    """How `trtllm-serve doctor --peer` reaches this worker's KV pool, to measure the way to it."""
+    service = http.app[SERVICE]
+    service.trust.check_secret(http.headers)
+    service.check_ready()
+    return web.Response(body=service.ready.kv_peer, content_type="application/msgpack")
+
+
 async def kv_cache_events(http: web.Request) -> web.Response:
     """TensorRT-LLM's events since the last call; none unless kv_cache_config.event_buffer_max_size is set."""
     service = http.app[SERVICE]

@@ -6,14 +6,20 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from diptych.wire import EngineStats
+from diptych.wire import EngineReady, EngineStats
+from diptych.worker.link_metrics import link_metrics
+from diptych.worker.triton_metrics import triton_text
 
 _LATENCY_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120)
 _TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2)
 
 
 class WorkerMetrics:
-    def __init__(self, model: str, stats: Callable[[], EngineStats]) -> None:
+    def __init__(
+        self, model: str, stats: Callable[[], EngineStats], ready: Callable[[], EngineReady | None]
+    ) -> None:
+        self._stats = stats
+        self._ready = ready
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(model, stats))
         labels = {"model_name": model}
@@ -46,7 +52,7 @@ class WorkerMetrics:
         self._success.labels(model_name=self._model, finished_reason=reason).inc()
 
     def render(self) -> bytes:
-        return generate_latest(self.registry)
+        return generate_latest(self.registry) + triton_text(self._model, self._stats(), self._ready())
 
 
 class _EngineCollector(Collector):
@@ -68,6 +74,7 @@ class _EngineCollector(Collector):
             else 0.0,
             "trtllm_kv_cache_tokens_per_block": stats.tokens_per_block,
             "trtllm_kv_cache_max_blocks": stats.total_blocks,
+            "diptych_kv_queued_fetches": stats.queued_fetches,
             "vllm:num_requests_waiting": stats.waiting,
             "vllm:num_requests_running": stats.running + stats.fetching,
             "vllm:kv_cache_usage_perc": used / stats.total_blocks if stats.total_blocks else 0.0,
@@ -101,6 +108,7 @@ class _EngineCollector(Collector):
         for code, count in stats.fetch_failures.items():
             failures.add_metric([self._model, code], count)
         yield failures
+        yield from link_metrics(self._model, stats.links)
 
     def _gauge(self, name: str, value: float) -> GaugeMetricFamily:
         metric = GaugeMetricFamily(name, name.replace("_", " "), labels=["model_name"])

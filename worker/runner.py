@@ -4,11 +4,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from diptych.worker.sampler import Row, Sampler
+from diptych.worker.sampler import Row, Sampler, token_logprobs
 from diptych.worker.scheduler import Chunk, Drawn, StepPlan
 from diptych.worker.step import StepBatch
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from diptych.worker.models.build import Model
 
 
@@ -20,11 +22,26 @@ class ModelRunner:
     def run(self, plan: StepPlan) -> list[Drawn | str]:
         logits = self._model.forward(build_batch(plan.chunks))
         rows = [_row(chunk) for chunk in plan.chunks if chunk.draws]
-        return self._sampler.sample(logits, rows) if rows else []
+        at = len(rows)
+        for chunk in plan.chunks:
+            if chunk.num_telling:
+                tell_prompt(chunk, logits[at : at + chunk.num_telling])
+                at += chunk.num_telling
+        return self._sampler.sample(logits[: len(rows)], rows) if rows else []
+
+
+def tell_prompt(chunk: Chunk, logits: "Tensor") -> None:
+    """The prompt's log probabilities that one chunk brings go to its sequence."""
+    sequence, first = chunk.sequence, chunk.start + 1
+    told = sequence.tokens[first : first + len(logits)]
+    sequence.prompt_logprobs += token_logprobs(logits, told, sequence.request.params.num_logprobs or 0)
 
 
 def build_batch(chunks: list[Chunk]) -> StepBatch:
-    """The arrays of a step: the chunks' rows one after the other."""
+    """The arrays of a step: the chunks' rows one after the other.
+
+    Logits are asked for of the drawing rows, in the chunks' order, then of those that tell of the prompt.
+    """
     counts = [chunk.count for chunk in chunks]
     total = sum(counts)
     token_ids = np.empty(total, np.int32)
@@ -37,13 +54,19 @@ def build_batch(chunks: list[Chunk]) -> StepBatch:
         positions[row : row + chunk.count] = np.arange(chunk.start, end)
         block_tables[index, : len(chunk.sequence.blocks)] = chunk.sequence.blocks
         row += chunk.count
-    last_rows = np.cumsum(counts, dtype=np.int32) - 1
+    ends = np.cumsum(counts, dtype=np.int32)
+    drawing = (ends - 1)[[chunk.draws for chunk in chunks]]
+    telling = [
+        np.arange(end - count, end - count + chunk.num_telling)
+        for chunk, count, end in zip(chunks, counts, ends, strict=True)
+        if chunk.num_telling
+    ]
     return StepBatch(
         token_ids=token_ids,
         positions=positions,
         sequence_ids=np.repeat(np.arange(len(chunks), dtype=np.int32), counts),
         block_tables=block_tables,
-        logits_rows=last_rows[[chunk.draws for chunk in chunks]].astype(np.int32),
+        logits_rows=np.concatenate([drawing, *telling]).astype(np.int32),
     )
 
 

@@ -121,6 +121,18 @@ def _nucleus_floor(probs: Tensor, rows: list[Row]) -> Tensor:
     return floor
 
 
+def token_logprobs(logits: Tensor, token_ids: list[int], num_top: int) -> list[Logprob]:
+    """For each row of `logits` [R, vocab] the given token's log probability, and the `num_top` likeliest."""
+    logprobs = torch.log_softmax(logits, dim=-1)
+    chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None]).squeeze(1).tolist()
+    top = logprobs.topk(num_top)
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return [
+        Logprob(token_id, logprob, list(zip(ids, values, strict=True)))
+        for token_id, logprob, (ids, values) in zip(token_ids, chosen, pairs, strict=True)
+    ]
+
+
 class _RowLogprobs:
     """The log probabilities of one row before anything was applied to it."""
 

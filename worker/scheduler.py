@@ -19,6 +19,9 @@ from diptych.wire import FinishReason, Logprob, SequenceTimes, Submit, TokenEven
 from diptych.worker.blocks import BlockPool
 from diptych.worker.sequence import Sequence, Status
 
+# A row of logits is a vocabulary of floats: so many of them fit beside the model.
+_MAX_TELLING = 256
+
 CapacityPolicy = Literal["GUARANTEED_NO_EVICT", "MAX_UTILIZATION"]
 
 
@@ -40,6 +43,13 @@ class Chunk:
     start: int
     count: int
     draws: bool
+
+    @property
+    def num_telling(self) -> int:
+        """Rows, from the chunk's first on, whose logits are wanted for the prompt token after each."""
+        if not self.sequence.tells_prompt:
+            return 0
+        return max(0, min(self.start + self.count, self.sequence.num_prompt - 1) - self.start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +104,7 @@ class Scheduler:
         self._running: OrderedDict[str, Sequence] = OrderedDict()  # in order of admission
         self._computing: dict[bytes, Sequence] = {}  # prompt blocks on their way into the prefix cache
         self._ended: list[TokenEvent] = []
+        self._telling_budget = 0  # tokens left in this step for prompts that tell their logits
 
     # What happened
 
@@ -148,6 +159,11 @@ class Scheduler:
     def num_running(self) -> int:
         return len(self._running)
 
+    def prefills(self) -> list[int]:
+        """Of each running sequence whose prompt is not computed, how many tokens of it are left."""
+        left = (sequence.num_prompt - sequence.num_computed for sequence in self._running.values())
+        return [count for count in left if count > 0]
+
     @property
     def num_fetching(self) -> int:
         return len(self._fetching)
@@ -156,6 +172,7 @@ class Scheduler:
         self._expire(now)
         chunks: list[Chunk] = []
         preemptions = self.num_preemptions
+        self._telling_budget = _MAX_TELLING
         budget = self._plan_running(chunks)
         # After a preemption nothing is admitted in the same step: it would take the blocks just won.
         fetches = self._admit(chunks, budget, now) if self.num_preemptions == preemptions else []
@@ -244,6 +261,8 @@ class Scheduler:
         """Cached blocks of the sequence's prefix. One known token must be left to compute."""
         size = self.limits.tokens_per_block
         sequence.extend_hashes(size, len(sequence.tokens))
+        if sequence.tells_prompt:
+            return []  # logits are not in the cache
         return self.pool.match(sequence.hashes[: (len(sequence.tokens) - 1) // size])
 
     def _someone_computes_next(self, sequence: Sequence, num_matched: int) -> bool:
@@ -306,6 +325,10 @@ class Scheduler:
 
     def _plan_chunk(self, sequence: Sequence, chunks: list[Chunk], budget: int) -> int:
         count = min(sequence.num_pending, budget)
+        if sequence.tells_prompt:
+            count = min(count, self._telling_budget)
+            if count == 0:
+                return budget
         needed = self._blocks_for(sequence.num_computed + count) - len(sequence.blocks)
         if needed > 0:
             new = self.pool.allocate(needed)
@@ -315,6 +338,8 @@ class Scheduler:
                 self._preempt(sequence)
                 return budget
             sequence.blocks += new
+        if sequence.tells_prompt:
+            self._telling_budget -= count
         start = sequence.num_computed
         chunks.append(Chunk(sequence, start, count, draws=start + count == len(sequence.tokens)))
         return budget - count
@@ -336,6 +361,7 @@ class Scheduler:
         self._running.pop(sequence.id, None)
         sequence.status = Status.WAITING
         sequence.num_computed = 0
+        sequence.prompt_logprobs = []
         self._waiting[sequence.id] = sequence
         self._waiting.move_to_end(sequence.id, last=False)
 
@@ -374,6 +400,7 @@ class Scheduler:
             request_id=sequence.id,
             token_ids=[drawn.token_id],
             logprobs=None if drawn.logprob is None else [drawn.logprob],
+            prompt_logprobs=sequence.prompt_logprobs if sequence.tells_prompt else None,
             finish_reason=finish_reason,
             stop_token_id=None if stop_token in self.limits.eos_token_ids else stop_token,
             num_cached_tokens=None if sequence.first_token_sent else sequence.num_cached,

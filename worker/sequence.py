@@ -12,7 +12,7 @@ import enum
 from dataclasses import dataclass, field
 
 from diptych.block_hash import first_parent, hash_block
-from diptych.wire import SequenceTimes, Submit
+from diptych.wire import Logprob, SequenceTimes, Submit
 
 
 class Status(enum.Enum):
@@ -41,6 +41,7 @@ class Sequence:
     fetched_at: float | None = None
     fetch_times: SequenceTimes | None = None
     first_token_sent: bool = False
+    prompt_logprobs: list[Logprob] = field(default_factory=list)  # the runner adds those of each chunk
 
     def __post_init__(self) -> None:
         self.tokens = [*self.request.prompt_token_ids, *self.request.output_token_ids]
@@ -57,6 +58,12 @@ class Sequence:
     @property
     def num_outputs(self) -> int:
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def tells_prompt(self) -> bool:
+        """Whether the log probabilities of the prompt's tokens are wanted and not told yet."""
+        is_second_leg = self.request.request_type == "generation_only"
+        return self.request.params.prompt_logprobs and not self.first_token_sent and not is_second_leg
 
     @property
     def num_pending(self) -> int:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import secrets
 import socket
 import time
@@ -21,13 +22,13 @@ from diptych.wire import EngineProgress, EngineReady, EngineStats, WorkerState
 from diptych.worker.engine_client import EngineClient
 from diptych.worker.handed_out import HandedOut
 from diptych.worker.hardware import detect
+from diptych.worker.kv_backend import choose_transports
 from diptych.worker.kv_events import KvEventFeed, TrtBuffer
 from diptych.worker.metrics import WorkerMetrics
 from diptych.worker.settings import EngineSettings
 
 log = logging.getLogger(__name__)
 
-_TRANSPORTS: dict[str, tuple[str, ...]] = {"SHM": ("shm",), "TCP": ("tcp",), "DEFAULT": ("shm", "tcp")}
 _PERF_RING = 1000
 _ITERATION_RING = 1000
 _NEWEST = 0.1  # weight of the newest request in the usual duration
@@ -44,7 +45,7 @@ class WorkerService:
         self.stopping = asyncio.Event()
         self.trust = ClusterTrust(config.cluster_secret)
         self.created = int(time.time())
-        self.metrics = WorkerMetrics(config.model_name, self._stats)
+        self.metrics = WorkerMetrics(config.model_name, self._stats, lambda: self._ready)
         self.perf: deque[dict[str, Any]] = deque(maxlen=config.perf_metrics_max_requests or _PERF_RING)
         self.iterations: deque[dict[str, Any]] = deque(maxlen=_ITERATION_RING)
         self.open_requests = 0
@@ -178,7 +179,7 @@ class WorkerService:
 
     @property
     def is_loaded(self) -> bool:
-        return self._engine is not None and self._engine.ready is not None
+        return self._ready is not None
 
     @property
     def load(self) -> dict[str, float]:
@@ -190,16 +191,18 @@ class WorkerService:
     @property
     def layout(self) -> str:
         """The fingerprint of our KV layout; empty while the model loads."""
-        ready = self._engine.ready if self._engine is not None else None
-        return str(ready.layout["fingerprint"]) if ready else ""
+        return str(self._ready.layout["fingerprint"]) if self._ready else ""
+
+    @property
+    def _ready(self) -> EngineReady | None:
+        return None if self._engine is None else self._engine.ready
 
     @property
     def is_healthy(self) -> bool:
         return self.state == "READY" and self.engine.is_alive
 
     def server_info(self) -> dict[str, Any]:
-        ready = self._engine.ready if self._engine is not None else None
-        stats = self._stats()
+        ready, stats = self._ready, self._stats()
         return {
             "worker_id": self.worker_id,
             "role": self.config.server_role,
@@ -213,6 +216,15 @@ class WorkerService:
             "max_batch_size": self._max_batch_size,
             "tokens_per_block": self.config.kv_cache_config.tokens_per_block,
             "kv_cache_hash_algo": block_hash.ALGORITHM,
+            "kv_links": [
+                {
+                    "peer": link.peer,
+                    "transport": link.transport,
+                    "copies": link.copies,
+                    "gb_s": link.probed_gb_s,
+                }
+                for link in stats.links
+            ],
             "load": {"running": stats.running + stats.fetching, "waiting": stats.waiting},
             "tokenizer_path": str(self._tokenizer_path or ""),
             "tokenizer_fingerprint": self._tokenizer.fingerprint if self._tokenizer is not None else "",
@@ -249,13 +261,7 @@ class WorkerService:
     def _settings(self, path: Path, hardware: Hardware) -> EngineSettings:
         config, limits = self.config, resolve_limits(self.config, hardware)
         kv, transfer = config.kv_cache_config, config.cache_transceiver_config
-        backend = transfer.backend or "DEFAULT"
-        if backend not in _TRANSPORTS:
-            log.warning(
-                "cache_transceiver_config.backend %s is not in this version: taking the fastest of %s",
-                backend,
-                ", ".join(_TRANSPORTS["DEFAULT"]),
-            )
+        transports = choose_transports(transfer.backend, os.environ)
         timeout_ms = transfer.kv_transfer_timeout_ms
         return EngineSettings(
             model_path=str(path),
@@ -271,7 +277,9 @@ class WorkerService:
             max_num_tokens=limits.max_num_tokens,
             max_seq_len=config.max_seq_len,
             capacity_policy=config.scheduler_config.capacity_scheduler_policy,
-            transports=_TRANSPORTS.get(backend, _TRANSPORTS["DEFAULT"]),
+            transports=transports.required,
+            optional_transports=transports.optional,
+            max_tokens_in_flight=transfer.max_tokens_in_buffer,
             transceiver_host=config.host,
             secret=self.trust.secret,
             kv_transfer_timeout_s=60.0 if timeout_ms is None else timeout_ms / 1000,

@@ -23,6 +23,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_seq_len: int | None = None  # None: the model's
     capacity_policy: CapacityPolicy = "GUARANTEED_NO_EVICT"
     transports: tuple[str, ...] = ("shm", "tcp")
+    optional_transports: tuple[str, ...] = ()  # left out when they do not work here
+    max_tokens_in_flight: int | None = None  # of KV fetches
     transceiver_host: str = "127.0.0.1"
     secret: str | None = None  # of the cluster; the KV channel proves it
     kv_transfer_timeout_s: float = 60.0

@@ -32,7 +32,10 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheTransceiverConfig:
-    """DEFAULT takes the fastest transport that both ends have; SHM and TCP are ours, the rest upstream's."""
+    """DEFAULT takes the fastest transport that both ends have; SHM and TCP are ours, the rest upstream's.
+
+    `max_tokens_in_buffer`: of all fetches that run at once; one that is longer runs alone.
+    """
 
     backend: TransferBackend | None = "DEFAULT"
     max_tokens_in_buffer: PositiveInt | None = None

@@ -60,7 +60,7 @@ NO_EFFECT: frozenset[str] = frozenset(
         "torch_compile_config",
         "use_torch_sampler",
         "cache_transceiver_config.kv_cache_bounce_size_mb",
-        "cache_transceiver_config.kv_transfer_sender_future_timeout_ms",
+        "cache_transceiver_config.kv_transfer_sender_future_timeout_ms",  # nothing here waits for a sender
         "cache_transceiver_config.transceiver_runtime",
         "kv_cache_config.attention_dp_events_gather_period_ms",
         "kv_cache_config.copy_on_partial_reuse",
@@ -87,7 +87,6 @@ _SILENT: Mapping[str, tuple[Any, ...]] = {
 # Our own fields that nothing acts on yet, with the values that ask for nothing else than what happens.
 NOT_YET: Mapping[str, tuple[Any, ...]] = {
     "enable_chunked_prefill": (True,),
-    "stream_interval": (1,),
     "trust_remote_code": (False,),
     "kv_cache_config.dtype": ("auto", "bfloat16"),
     "kv_cache_config.host_cache_size": (None, 0),

@@ -43,8 +43,6 @@ def check_completion(request: CompletionRequest) -> None:
     _check(request, logprobs_field="logprobs")
     if request.token_prompts is None:
         _check_prompt(request.prompt)
-    if request.echo and request.logprobs is not None:
-        raise _invalid("logprobs", "logprobs with echo is not supported yet: there are none of the prompt.")
     if not request.detokenize and request.stops:
         raise _invalid("stop", "stop needs text; it cannot be used with detokenize false.")
 

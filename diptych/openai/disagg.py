@@ -25,6 +25,7 @@ class DisaggregatedParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaul
     ctx_request_id: str | int | None = None
     first_gen_tokens: list[int] | None = None
     first_gen_logprobs: list[Logprob] | None = None
+    prompt_logprobs: list[Logprob] | None = None  # of the prompt's tokens but the first, for echo
     encoded_opaque_state: str | None = None
     ticket_id: str | None = None
     cached_tokens: int | None = None

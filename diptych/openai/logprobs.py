@@ -13,10 +13,13 @@ def completion_logprobs(entries: Iterable[TokenLogprob]) -> dict[str, Any]:
     lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for entry in entries:
         token = _key(entry.token)
-        top = {_key(other): _finite(logprob) for other, logprob in entry.top}
-        top.setdefault(token, _finite(entry.logprob))
+        logprob, top = None, None
+        if entry.logprob is not None:
+            logprob = _finite(entry.logprob)
+            top = {_key(other): _finite(other_logprob) for other, other_logprob in entry.top}
+            top.setdefault(token, logprob)
         lists["tokens"].append(token)
-        lists["token_logprobs"].append(_finite(entry.logprob))
+        lists["token_logprobs"].append(logprob)
         lists["top_logprobs"].append(top)
         lists["text_offset"].append(entry.text_offset)
     return lists
@@ -28,6 +31,7 @@ def chat_logprobs(entries: Iterable[TokenLogprob]) -> dict[str, Any]:
 
 def _chat_entry(entry: TokenLogprob) -> dict[str, Any]:
     top = [_chat_token(token, logprob) for token, logprob in entry.top]
+    assert entry.logprob is not None, "only an echoed prompt has a token without"
     return {**_chat_token(entry.token, entry.logprob), "top_logprobs": top}
 
 

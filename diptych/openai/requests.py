@@ -92,6 +92,11 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
         return None
 
     @property
+    def prompt_logprobs(self) -> bool:
+        """Whether log probabilities are told of the prompt's tokens, too."""
+        return False
+
+    @property
     def token_prompts(self) -> list[list[int]] | None:
         """`prompt_token_ids` as a list of prompts, whichever way it was written."""
         given: list[Any] | None = self.prompt_token_ids
@@ -122,6 +127,10 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True, forbid_unk
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def prompt_logprobs(self) -> bool:
+        return self.echo and self.logprobs is not None
 
 
 class ChatRequest(GenerationRequest, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -2,7 +2,7 @@
 
 import hashlib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -59,15 +59,16 @@ def to_sampling_params(
         seed=_seed(request.seed, choice_index),
         logit_bias=request.logit_bias,
         num_logprobs=request.num_logprobs,
+        prompt_logprobs=request.prompt_logprobs,
         stop_token_ids=tuple(request.stop_token_ids),
         ignore_eos=request.ignore_eos,
     )
 
 
 def to_choice_text(
-    request: CompletionRequest | ChatRequest, tokenizer: Tokenizer, *, echo: str = ""
+    request: CompletionRequest | ChatRequest, tokenizer: Tokenizer, *, echo: Sequence[int] = ()
 ) -> ChoiceText:
-    """`echo`: the prompt's text, when the request asks to have it in front."""
+    """`echo`: the prompt, when the request asks to have it in front."""
     is_completion = isinstance(request, CompletionRequest)
     return ChoiceText(
         tokenizer,

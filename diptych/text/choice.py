@@ -22,7 +22,7 @@ class TokenLogprob(msgspec.Struct, frozen=True):
     """One drawn token as log probabilities are printed: by its bytes, which may be part of a character."""
 
     token: bytes
-    logprob: float
+    logprob: float | None  # None: the first of a prompt
     top: tuple[tuple[bytes, float], ...]  # most likely first
     text_offset: int  # characters of the choice's text before this token
 
@@ -59,9 +59,9 @@ class ChoiceText:
         skip_special_tokens: bool = True,
         detokenize: bool = True,
         continues: bool = False,
-        echo: str = "",
+        echo: Sequence[int] = (),
     ) -> None:
-        """`echo` goes in front of the text; `continues`: the text goes on from the prompt's last word."""
+        """`echo`, a prompt, goes in front of the text; `continues`: the text goes on from the prompt's last word."""
         self._tokenizer = tokenizer
         self._detokenizer = IncrementalDetokenizer(
             tokenizer, skip_special_tokens=skip_special_tokens, continues=continues
@@ -73,8 +73,10 @@ class ChoiceText:
         )
         self._min_tokens = min_tokens
         self._detokenize = detokenize
-        self._echo = echo
-        self._num_chars = len(echo)  # decoded so far, the part held back for a stop string included
+        self._skip_special_tokens = skip_special_tokens
+        self._prompt = echo
+        self._echo = tokenizer.decode(echo, skip_special_tokens=skip_special_tokens) if echo else ""
+        self._num_chars = len(self._echo)  # decoded so far, the part held back for a stop string included
         self._pieces: list[str] = []
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] | None = None
@@ -101,9 +103,11 @@ class ChoiceText:
         """Token by token, because a stop string ends the choice at the token that completes it."""
         ids, text = event.token_ids, ""
         logprobs: list[TokenLogprob] | None = None if event.logprobs is None else []
+        if logprobs is not None and event.prompt_logprobs is not None:
+            logprobs += self._of_prompt(event.prompt_logprobs)
         for i, token_id in enumerate(ids):
             if logprobs is not None and event.logprobs is not None:
-                logprobs.append(self._logprob(event.logprobs[i]))
+                logprobs.append(self._logprob(event.logprobs[i], self._num_chars))
             if hides_last and i == len(ids) - 1:
                 break
             piece = self._decode((token_id,))
@@ -123,10 +127,21 @@ class ChoiceText:
         self._num_chars += len(text)
         return text
 
-    def _logprob(self, entry: Logprob) -> TokenLogprob:
+    def _of_prompt(self, entries: Sequence[Logprob]) -> list[TokenLogprob]:
+        """`entries`: of the prompt's tokens but the first, before which there is nothing."""
+        first, *others = self._prompt
+        text = IncrementalDetokenizer(self._tokenizer, skip_special_tokens=self._skip_special_tokens)
+        told = [TokenLogprob(self._tokenizer.token_bytes(first), None, (), 0)]
+        offset = len(text.feed((first,)))
+        for token_id, entry in zip(others, entries, strict=True):
+            told.append(self._logprob(entry, offset))
+            offset += len(text.feed((token_id,)))
+        return told
+
+    def _logprob(self, entry: Logprob, offset: int) -> TokenLogprob:
         bytes_of = self._tokenizer.token_bytes
         top = tuple((bytes_of(token_id), logprob) for token_id, logprob in entry.top)
-        return TokenLogprob(bytes_of(entry.token_id), entry.logprob, top, self._num_chars)
+        return TokenLogprob(bytes_of(entry.token_id), entry.logprob, top, offset)
 
     def _delta(
         self,

@@ -196,7 +196,7 @@ def _gone_on(params: dict[str, Any], choice: ChoiceSoFar) -> dict[str, Any]:
     if not choice.token_ids and choice.finish_reason is None:
         return params
     params = {**params, "first_gen_tokens": [*params["first_gen_tokens"], *choice.token_ids]}
-    for served in ("encoded_opaque_state", "ticket_id", "first_gen_logprobs"):
+    for served in ("encoded_opaque_state", "ticket_id", "first_gen_logprobs", "prompt_logprobs"):
         params.pop(served, None)
     if choice.cached_tokens is not None:
         params["cached_tokens"] = choice.cached_tokens

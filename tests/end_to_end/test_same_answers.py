@@ -29,6 +29,15 @@ CASES = {
     "logprobs": (COMPLETION, {"prompt": "The capital of France is", "logprobs": 3, **GREEDY}),
     "logprobs, chat": (CHAT, {**HELLO, "logprobs": True, "top_logprobs": 2, **GREEDY}),
     "echo": (COMPLETION, {"prompt": "The capital of", "echo": True, **GREEDY}),
+    "echo with logprobs": (COMPLETION, {"prompt": "The capital of", "echo": True, "logprobs": 2, **GREEDY}),
+    "echo with logprobs of long prompts": (
+        COMPLETION,
+        {"prompt": [LONG * 3, "😀😃"], "n": 2, "echo": True, "logprobs": 0, "seed": 1, "max_tokens": 3},
+    ),
+    "echo with logprobs, one token": (
+        COMPLETION,
+        {"prompt": "A B", "echo": True, "logprobs": 1, "temperature": 0, "max_tokens": 1},
+    ),
     "stop string": (COMPLETION, {"prompt": "1, 2, 3, 4,", "stop": [" 7", "zzz"], "temperature": 0, "max_tokens": 30}),
     "stop string in the first token": (COMPLETION, {"prompt": "The capital of France is", "stop": "Par", **GREEDY}),
     "stop string kept": (
@@ -125,3 +134,29 @@ def joined(parts):
             else:
                 result[key] = [*(result.get(key) or []), *values]
     return result
+
+
+async def test_an_echo_tells_of_the_prompt_what_was_told_when_it_was_drawn(servers):
+    """Also when all of it is in the prefix cache: logits are not."""
+    prompt = list(range(1000, 1070))
+    body = {"prompt": prompt, "logprobs": 2, "temperature": 0, "max_tokens": 40}
+    drawn = (await ask(servers["aggregated"], COMPLETION, body))["choices"][0]
+    again = {
+        "prompt": prompt + drawn["token_ids"],
+        "logprobs": 2,
+        "echo": True,
+        "max_tokens": 1,
+        "cache_salt": "x",
+    }
+    for _ in range(2):
+        async with (
+            open_session() as session,
+            session.post(servers["aggregated"].url + COMPLETION, json=again) as response,
+        ):
+            answer = await response.json()
+        told = answer["choices"][0]["logprobs"]
+        assert len(told["tokens"]) == len(prompt) + 40 + 1
+        for key in ("tokens", "token_logprobs", "top_logprobs"):
+            assert told[key][len(prompt) : -1] == drawn["logprobs"][key]
+        assert (told["token_logprobs"][0], told["top_logprobs"][0]) == (None, None)
+        assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0

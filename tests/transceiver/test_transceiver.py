@@ -180,3 +180,19 @@ def test_poll_is_cheap_when_nothing_happened(nodes):
 def test_no_descriptor_reaches_a_child(nodes):
     node = nodes(seed=1)
     assert not os.get_inheritable(node.memory.fd)
+
+
+def test_copies_are_counted_by_owner_and_transport(nodes):
+    owner = nodes(seed=1, backends=("tcp",))
+    reader = nodes(seed=2, backends=("tcp",), measure_transports=True)
+    done = reader.result(reader.transceiver.fetch(owner.offer([1, 2])[1], range(2), [0, 1]))
+    _, stale = owner.offer([3])
+    owner.memory.generations[3] += 1
+    failed = reader.result(reader.transceiver.fetch(stale, range(1), [3]))
+    assert (type(done), failed.code) == (FetchDone, "stale")
+    host, port = owner.transceiver.address
+    [link] = reader.transceiver.metrics().links
+    assert (link.peer, link.transport, link.copies, link.open) == (f"{host}:{port}", "tcp", 1, 0)
+    assert (link.bytes, link.copy_s, link.failures) == (done.bytes, done.wire_s, {"stale": 1})
+    assert link.wait_s > 0
+    assert link.verify_s > 0

@@ -4,7 +4,7 @@ import hashlib
 import random
 from dataclasses import dataclass, field
 
-from diptych.wire import SamplingParams, SequenceTimes, Submit, TokenEvent
+from diptych.wire import Logprob, SamplingParams, SequenceTimes, Submit, TokenEvent
 from diptych.worker.blocks import BlockPool
 from diptych.worker.scheduler import Drawn, Fetch, Scheduler, SchedulerLimits
 
@@ -39,6 +39,7 @@ class Simulation:
     events: dict[str, list[TokenEvent]] = field(default_factory=dict)
     fetches: list[Fetch] = field(default_factory=list)
     leases: list[list[int]] = field(default_factory=list)
+    telling: list[int] = field(default_factory=list)  # rows of each step that told of a prompt
 
     def __post_init__(self) -> None:
         limits = SchedulerLimits(
@@ -52,9 +53,18 @@ class Simulation:
         # kv[block][slot] = digest of the tokens up to and including the slot's
         self.kv: list[list[bytes | None]] = [[None] * self.tokens_per_block for _ in range(self.num_blocks)]
 
-    def add(self, request_id: str, prompt: list[int], max_tokens: int = 5, **fields: object) -> None:
+    def add(
+        self,
+        request_id: str,
+        prompt: list[int],
+        max_tokens: int = 5,
+        *,
+        tells: bool = False,
+        **fields: object,
+    ) -> None:
+        """`tells`: with the prompt's log probabilities."""
         self.events[request_id] = []
-        params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, prompt_logprobs=tells)
         submit = Submit(request_id=request_id, prompt_token_ids=prompt, params=params, **fields)  # type: ignore[arg-type]
         self.scheduler.add(submit, self.now)
 
@@ -64,6 +74,7 @@ class Simulation:
         self._collect(plan.events)
         self.fetches += plan.fetches
         assert sum(chunk.count for chunk in plan.chunks) <= self.max_num_tokens
+        self.telling.append(sum(chunk.num_telling for chunk in plan.chunks))
         drawn = []
         for chunk in plan.chunks:
             sequence, end = chunk.sequence, chunk.start + chunk.count
@@ -73,6 +84,8 @@ class Simulation:
                 if position >= chunk.start:
                     self.kv[sequence.blocks[block]][slot] = digest
                 assert self.kv[sequence.blocks[block]][slot] == digest, "foreign or missing KV"
+            for token in sequence.tokens[chunk.start + 1 :][: chunk.num_telling]:
+                sequence.prompt_logprobs.append(Logprob(token, 0.0))
             if chunk.draws:
                 drawn.append(Drawn(next_token(sequence.tokens)))
         commit = self.scheduler.commit(plan, drawn, self.now)
@@ -104,6 +117,12 @@ class Simulation:
 
     def tokens(self, request_id: str) -> list[int]:
         return [token for event in self.events[request_id] for token in event.token_ids]
+
+    def told(self, request_id: str) -> list[int] | None:
+        """The prompt's tokens whose log probabilities came, with the first token."""
+        first, *others = [event for event in self.events[request_id] if event.token_ids]
+        assert all(event.prompt_logprobs is None for event in others)
+        return None if first.prompt_logprobs is None else [entry.token_id for entry in first.prompt_logprobs]
 
     def reason(self, request_id: str) -> str | None:
         reasons = [event.finish_reason for event in self.events[request_id] if event.finish_reason]

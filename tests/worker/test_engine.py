@@ -186,3 +186,17 @@ def test_who_listens_hears_what_enters_the_cache_and_first_what_is_in_it(parts):
     link.sent.clear()
     run(engine, link, WatchBlocks(enabled=False), submit("unheard", prompt=(7, 7, 7, 7, 7)))
     assert all(message.blocks is None for message in link.sent)
+
+
+def test_iteration_statistics_have_what_tensorrt_llm_prints(parts):
+    _, link, transceiver, scheduler = parts
+    now = [0.0]
+    engine = Engine(link, scheduler, Model(), transceiver, collect_iterations=True, clock=lambda: now[0])
+    link.inbox.append(submit("a"))
+    list(map(engine._take, link.receive(0)))
+    for now[0] in (0.25, 0.5):
+        engine.step()
+    first, second = [message.stats.iteration for message in link.sent if message.stats.iteration]
+    assert (first["numNewActiveRequests"], first["newActiveRequestsQueueLatencyMS"]) == (1, 250.0)
+    assert (second["numNewActiveRequests"], second["newActiveRequestsQueueLatencyMS"]) == (0, 0)
+    assert first["timestamp"]

@@ -5,6 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulation import Simulation, random_prompt, reference
 
+from diptych.worker import scheduler
+
 
 def test_one_sequence_gives_the_models_tokens():
     simulation = Simulation()
@@ -163,6 +165,22 @@ def test_output_stops_at_max_seq_len():
     assert len(simulation.tokens("a")) == 5 and simulation.reason("a") == "length"
 
 
+def test_a_prompt_that_tells_its_logits_is_computed_whole_and_in_bounded_steps(monkeypatch):
+    monkeypatch.setattr(scheduler, "_MAX_TELLING", 3)
+    simulation = Simulation(max_num_tokens=9)
+    prompt = list(range(10))
+    simulation.add("before", prompt)
+    simulation.run()
+    simulation.add("a", prompt, tells=True)
+    simulation.add("b", prompt, tells=True)
+    simulation.run()
+    assert max(simulation.telling) == 3
+    for request_id in ("a", "b"):
+        assert simulation.told(request_id) == prompt[1:]
+        assert simulation.events[request_id][0].num_cached_tokens == 0
+        assert simulation.tokens(request_id) == simulation.tokens("before")
+
+
 @settings(max_examples=150, deadline=None)
 @given(seed=st.integers(0, 2**32), policy=st.sampled_from(["GUARANTEED_NO_EVICT", "MAX_UTILIZATION"]))
 def test_anything_goes(seed, policy):
@@ -172,6 +190,7 @@ def test_anything_goes(seed, policy):
         num_blocks=rng.randrange(8, 20), max_seq_len=30, policy=policy, max_num_tokens=rng.randrange(3, 20)
     )
     wanted: dict[str, tuple[list[int], int]] = {}
+    told: dict[str, list[int] | None] = {}
     aborted: set[str] = set()
     for number in range(25):
         request_id = f"r{number}"
@@ -184,8 +203,10 @@ def test_anything_goes(seed, policy):
             want = reference(prompt, max_tokens)
             fields = {"output_token_ids": want[:1], "ticket": b"t"}
             want = want[1:]
-        simulation.add(request_id, prompt, max_tokens, request_type=kind, **fields)
+        tells = rng.random() < 0.3
+        simulation.add(request_id, prompt, max_tokens, tells=tells, request_type=kind, **fields)
         wanted[request_id] = (want, 1 if kind == "context_only" else len(want))
+        told[request_id] = prompt[1:] if tells and kind != "generation_only" else None
         for _ in range(rng.randrange(4)):
             simulation.step()
         if rng.random() < 0.2:
@@ -205,6 +226,7 @@ def test_anything_goes(seed, policy):
         if request_id in aborted and simulation.reason(request_id) == "cancelled":
             continue
         assert simulation.tokens(request_id) == want[:count], request_id
+        assert simulation.told(request_id) == told[request_id], request_id
     counts = simulation.scheduler.pool.counts()
     assert counts.active == counts.leased == 0
 

@@ -150,7 +150,6 @@ def test_bad_values_name_the_field_and_what_is_allowed(
         ({"logprobs": 21}, "logprobs"),
         ({"logprobs": -1}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
-        ({"logprobs": 1, "echo": True}, "logprobs"),
         ({"suffix": "x"}, "suffix"),
         ({"return_context_logits": True}, "return_context_logits"),
         ({"detokenize": False, "stop": "a"}, "stop"),

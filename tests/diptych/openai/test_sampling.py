@@ -80,7 +80,7 @@ def test_chat_logprobs():
 
 def test_the_choice_obeys_the_request(tokenizer: Tokenizer):
     request = parse_completion(b'{"prompt": "x", "stop": "b", "include_stop_str_in_output": true}')
-    choice = to_choice_text(request, tokenizer, echo="x")
+    choice = to_choice_text(request, tokenizer, echo=tokenizer.encode("x", add_special_tokens=False))
     ids = tokenizer.encode("abc", add_special_tokens=False)
     assert choice.feed(TokenEvent(request_id="r", token_ids=ids)).text == "xab"
     request = parse_completion(b'{"prompt": "x", "detokenize": false}')

@@ -107,12 +107,30 @@ def test_min_tokens_lets_early_stop_strings_pass(tiny: Tokenizer):
 
 def test_echo_comes_first_and_never_stops(tiny: Tokenizer):
     ids = encode(tiny, " b")
-    choice = ChoiceText(tiny, echo="a.", stops=["."])
+    choice = ChoiceText(tiny, echo=encode(tiny, "a."), stops=["."])
     logprobs = [Logprob(token_id, -1.0) for token_id in ids]
     delta = choice.feed(event(ids, "length", logprobs=logprobs))
     assert delta.text == "a. b"
     assert delta.logprobs is not None
     assert delta.logprobs[0].text_offset == 2
+
+
+def test_an_echo_tells_the_log_probabilities_of_the_prompt(tiny: Tokenizer):
+    prompt, ids = encode(tiny, "a\U0001f600b"), encode(tiny, " c")
+    choice = ChoiceText(tiny, echo=prompt)
+    told = [Logprob(token_id, -2.0, [(token_id, -2.0)]) for token_id in prompt[1:]]
+    logprobs = [Logprob(token_id, -1.0) for token_id in ids]
+    delta = choice.feed(event(ids, "length", logprobs=logprobs, prompt_logprobs=told))
+    assert delta.logprobs is not None
+    assert b"".join(entry.token for entry in delta.logprobs).decode() == "a\U0001f600b c" == delta.text
+    assert [entry.logprob for entry in delta.logprobs] == [
+        None,
+        *[-2.0] * (len(prompt) - 1),
+        *[-1.0] * len(ids),
+    ]
+    offsets = [entry.text_offset for entry in delta.logprobs]
+    assert offsets == sorted(offsets)
+    assert offsets[: len(prompt) + 1] == [0, *[1] * (len(prompt) - 2), 2, 3]
 
 
 def test_without_detokenizing_only_ids_come(tiny: Tokenizer):

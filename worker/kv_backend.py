@@ -1,0 +1,70 @@
+"""From cache_transceiver_config.backend and TensorRT-LLM's environment variables to transports.
+
+A backend that the YAML names wins over the environment; DEFAULT names none. Pure, but for the question which
+packages are installed.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from diptych.errors import ConfigError
+from diptych.transceiver import packages
+
+log = logging.getLogger(__name__)
+
+_KEY = "cache_transceiver_config.backend"
+_TRANSPORTS: Mapping[str, tuple[str, ...]] = {
+    "SHM": ("shm",),
+    "TCP": ("tcp",),
+    "NIXL": ("nixl",),
+    "UCX": ("ucx",),
+}
+_VARIABLES: Mapping[str, str] = {
+    f"TRTLLM_USE_{name}_KVCACHE": name for name in ("UCX", "NIXL", "MOONCAKE", "MPI")
+}
+_ON = ("1", "true", "on", "yes")
+
+
+@dataclass(frozen=True, slots=True)
+class Transports:
+    """`required` must work, or the worker does not start; one of `optional` that does not is left out."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+
+def choose_transports(backend: str | None, environment: Mapping[str, str]) -> Transports:
+    """ConfigError for a backend that this version does not have, or whose package is missing."""
+    name, source = _name(backend or "DEFAULT", environment)
+    if name == "DEFAULT":
+        installed = (name for name in packages.OPTIONAL if packages.missing_package(name) is None)
+        return Transports(("shm", "tcp"), tuple(installed))
+    transports = _TRANSPORTS.get(name)
+    if transports is None:
+        raise ConfigError(
+            f"{source} asks for {name}, which is not in this version; use DEFAULT (the fastest that reaches "
+            f"each peer), or one of {', '.join(_TRANSPORTS)}"
+        )
+    for remedy in filter(None, map(packages.missing_package, transports)):
+        raise ConfigError(
+            f"{source} asks for {name}, whose package is not installed: {remedy}, or use DEFAULT"
+        )
+    return Transports(transports)
+
+
+def _name(backend: str, environment: Mapping[str, str]) -> tuple[str, str]:
+    """The backend, and who asks for it."""
+    asked = {
+        variable: name
+        for variable, name in _VARIABLES.items()
+        if environment.get(variable, "").lower() in _ON and name != backend
+    }
+    if backend != "DEFAULT" or not asked:
+        for variable in asked:
+            log.warning("%s is ignored: %s is %s", variable, _KEY, backend)
+        return backend, _KEY
+    variable, *others = asked
+    for other in others:
+        log.warning("%s is ignored: %s comes first", other, variable)
+    return asked[variable], variable
