@@ -119,6 +119,7 @@ def _build(settings: EngineSettings, link: EngineLink) -> "Engine":
         TransceiverSettings(
             backends=usable_transports(settings),
             optional_backends=settings.optional_transports,
+            measure_transports=settings.measure_transports,
             max_tokens_in_flight=settings.max_tokens_in_flight,
             bind_host=settings.transceiver_host,
             lease_s=settings.lease_s,

@@ -1,7 +1,8 @@
 """From cache_transceiver_config.backend and TensorRT-LLM's environment variables to transports.
 
-A backend that the YAML names wins over the environment; DEFAULT names none. Pure, but for the question which
-packages are installed.
+A backend that the YAML names wins over the environment; DEFAULT names none. One whose package is missing becomes
+DEFAULT, with a warning: files written for TensorRT-LLM run as they are. Pure, but for the question which packages
+are installed.
 """
 
 import logging
@@ -17,8 +18,8 @@ _KEY = "cache_transceiver_config.backend"
 _TRANSPORTS: Mapping[str, tuple[str, ...]] = {
     "SHM": ("shm",),
     "TCP": ("tcp",),
-    "NIXL": ("nixl",),
-    "UCX": ("ucx",),
+    "NIXL": ("nixl", "tcp"),  # tcp is for peers that lack the package
+    "UCX": ("ucx", "tcp"),
 }
 _VARIABLES: Mapping[str, str] = {
     f"TRTLLM_USE_{name}_KVCACHE": name for name in ("UCX", "NIXL", "MOONCAKE", "MPI")
@@ -32,14 +33,14 @@ class Transports:
 
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    named: bool = False  # somebody chose them: taken in this order, whatever is measured
 
 
 def choose_transports(backend: str | None, environment: Mapping[str, str]) -> Transports:
-    """ConfigError for a backend that this version does not have, or whose package is missing."""
+    """ConfigError for a backend that this version does not have."""
     name, source = _name(backend or "DEFAULT", environment)
     if name == "DEFAULT":
-        installed = (name for name in packages.OPTIONAL if packages.missing_package(name) is None)
-        return Transports(("shm", "tcp"), tuple(installed))
+        return _default()
     transports = _TRANSPORTS.get(name)
     if transports is None:
         raise ConfigError(
@@ -47,10 +48,19 @@ def choose_transports(backend: str | None, environment: Mapping[str, str]) -> Tr
             f"each peer), or one of {', '.join(_TRANSPORTS)}"
         )
     for remedy in filter(None, map(packages.missing_package, transports)):
-        raise ConfigError(
-            f"{source} asks for {name}, whose package is not installed: {remedy}, or use DEFAULT"
+        log.warning(
+            "%s asks for %s, whose package is not installed (%s): taking the fastest way there is",
+            source,
+            name,
+            remedy,
         )
-    return Transports(transports)
+        return _default()
+    return Transports(transports, named=True)
+
+
+def _default() -> Transports:
+    installed = (name for name in packages.OPTIONAL if packages.missing_package(name) is None)
+    return Transports(("shm", "tcp"), tuple(installed))
 
 
 def _name(backend: str, environment: Mapping[str, str]) -> tuple[str, str]:

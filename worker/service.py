@@ -279,6 +279,7 @@ class WorkerService:
             capacity_policy=config.scheduler_config.capacity_scheduler_policy,
             transports=transports.required,
             optional_transports=transports.optional,
+            measure_transports=not transports.named,
             max_tokens_in_flight=transfer.max_tokens_in_buffer,
             transceiver_host=config.host,
             secret=self.trust.secret,

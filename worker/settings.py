@@ -24,6 +24,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     capacity_policy: CapacityPolicy = "GUARANTEED_NO_EVICT"
     transports: tuple[str, ...] = ("shm", "tcp")
     optional_transports: tuple[str, ...] = ()  # left out when they do not work here
+    measure_transports: bool = True  # False: taken in this order
     max_tokens_in_flight: int | None = None  # of KV fetches
     transceiver_host: str = "127.0.0.1"
     secret: str | None = None  # of the cluster; the KV channel proves it

@@ -1,7 +1,6 @@
 """Commands, YAML files and requests of the documents that Diptych's interface comes from, as they are printed there.
 
-Only names of models, ports and placeholders differ, and the backend UCX where its package is not installed. What
-needs a GPU, containers, Slurm or MPI is not here.
+Only names of models, ports and placeholders differ. What needs a GPU, containers, Slurm or MPI is not here.
 """
 
 import contextlib
@@ -19,7 +18,6 @@ import orjson
 import pytest
 from mesh import MODEL, START_S, free_port, get, wait_for
 
-from diptych.transceiver import packages
 from tests.fakes.real_etcd import Etcd, find_etcd
 
 CONTEXT_YAML = """\
@@ -198,8 +196,6 @@ class Terminal:
 
     def _here(self, text: str) -> str:
         text = text.replace("TinyLlama/TinyLlama-1.1B-Chat-v1.0", MODEL)
-        if packages.missing_package("ucx"):
-            text = text.replace("backend: UCX", "backend: DEFAULT")
         return re.sub(r"\b(800[0-4]|2379)\b", lambda found: self._ports[found[1]], text)
 
 
@@ -358,17 +354,6 @@ def test_one_server_with_every_printed_option(terminal):
     assert steps[0]["numNewActiveRequests"] == 1
     text = terminal.run("curl localhost:8000/prometheus/metrics")
     assert "# TYPE nv_trt_llm_disaggregated_serving_metrics counter" in text
-
-
-@pytest.mark.skipif(
-    packages.missing_package("ucx") is None, reason="UCX is installed: the other tests use it"
-)
-def test_ucx_without_its_package_says_what_to_install(terminal):
-    (terminal.folder / "ucx.yaml").write_text(GENERATION_YAML)
-    terminal.run(f"trtllm-serve {MODEL} --port 0 --extra_llm_api_options ucx.yaml &> log_server; [ $? = 2 ]")
-    last = terminal.log("log_server").splitlines()[-1]
-    assert last.startswith("error: cache_transceiver_config.backend asks for UCX")
-    assert "pip install ucxx-cu13" in last
 
 
 def test_the_file_for_two_nodes_is_read(terminal):
