@@ -129,6 +129,7 @@ def _build(settings: EngineSettings, link: EngineLink) -> "Engine":
         ModelRunner(model, Sampler(eos)),
         transceiver,
         collect_iterations=settings.iteration_stats,
+        follow_patience_s=settings.kv_transfer_timeout_s,
     )
     link.send(
         EngineReady(
@@ -138,6 +139,7 @@ def _build(settings: EngineSettings, link: EngineLink) -> "Engine":
             vocab_size=config.vocab_size,
             layout=msgspec.to_builtins(layout) | {"fingerprint": layout.fingerprint()},
             num_blocks=count,
+            kv_endpoint=transceiver.endpoint,
             kernel=model.kernel_name,
             load_s=time.monotonic() - started,
         )

@@ -68,6 +68,10 @@ class Sequence:
         timeout_s = self.request.timeout_s
         return None if timeout_s is None else self.arrival + timeout_s
 
+    def content_hash(self) -> bytes:
+        """Of the whole prompt: what two engines compare before one takes the other's KV for it."""
+        return content_hash(self.request.prompt_token_ids, self.request.cache_salt)
+
     def parent_hash(self, index: int) -> bytes:
         """What the hash of the block at `index` builds on."""
         return self.hashes[index - 1] if index else first_parent(self.request.cache_salt)
@@ -79,3 +83,7 @@ class Sequence:
             if end > num_tokens:
                 break
             self.hashes.append(hash_block(self.parent_hash(len(self.hashes)), self.tokens[start:end]))
+
+
+def content_hash(prompt_token_ids: list[int], cache_salt: str) -> bytes:
+    return hash_block(first_parent(cache_salt), prompt_token_ids)
