@@ -337,6 +337,8 @@ class Job:
                 "transport": times.transport,
                 "prefill_s": times.prefill_s,
                 "first_token_s": self._timeline.total_s,
+                "ready_at": times.ready_at,
+                "drawn_at": times.drawn_at,
             }
         )
 
