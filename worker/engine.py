@@ -50,6 +50,8 @@ class Link(Protocol):
 
 
 class Runner(Protocol):
+    """`run` returns when the step is over: peers may read what it computed."""
+
     def run(self, plan: StepPlan) -> list[Drawn | str]: ...
 
 
@@ -107,9 +109,9 @@ class Engine:
         events = [*followed, *plan.events]
         if plan.chunks:
             events += self._compute(plan)
+        self._send(events, plan, started)  # a first token to its client before all else
         for event in events:
             self._announcer.note(event)
-        self._send(events, plan, started)
         if plan.chunks or events:
             self._checked = False
             return 0.0

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from diptych.worker.sampler import Row, Sampler
 from diptych.worker.scheduler import Chunk, Drawn, StepPlan
@@ -20,7 +21,11 @@ class ModelRunner:
     def run(self, plan: StepPlan) -> list[Drawn | str]:
         logits = self._model.forward(build_batch(plan.chunks))
         rows = [_row(chunk) for chunk in plan.chunks if chunk.draws]
-        return self._sampler.sample(logits, rows) if rows else []
+        if rows:
+            return self._sampler.sample(logits, rows)
+        if logits.is_cuda:
+            torch.cuda.current_stream(logits.device).synchronize()  # nothing else waits for this step
+        return []
 
 
 def build_batch(chunks: list[Chunk]) -> StepBatch:
