@@ -89,7 +89,8 @@ class Logprob(msgspec.Struct, frozen=True, array_like=True):
 class SequenceTimes(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Durations of the stages before a sequence's first token here; they sum to the engine's part of TTFT."""
 
-    queue_s: float = 0.0  # submit to first scheduled (or fetch started)
+    follow_s: float = 0.0  # submit to the end of its prefill elsewhere, 0 when that was over
+    queue_s: float = 0.0  # from then to first scheduled (or fetch started)
     fetch_s: float = 0.0  # whole KV fetch, 0 when none
     prefill_s: float = 0.0  # first scheduled (or fetched) to first token
     wire_s: float = 0.0  # part of fetch_s that was copying

@@ -10,7 +10,7 @@ import msgspec
 
 from diptych.wire import Submit, TokenEvent
 from diptych.worker.scheduler import Chunk
-from diptych.worker.sequence import Status, content_hash
+from diptych.worker.sequence import content_hash
 
 _ENCODER = msgspec.msgpack.Encoder()
 
@@ -31,17 +31,13 @@ class Announcer:
     def add(self, request: Submit) -> None:
         self._open[request.request_id] = request
 
-    def computed(self, chunks: Iterable[Chunk]) -> None:
-        """These chunks are computed; what became of those that drew a token is told by their event."""
+    def going_on(self, chunks: Iterable[Chunk]) -> None:
+        """These chunks are computed next: tell what is there by now, from the prefix cache or from steps before."""
         for chunk in chunks:
             sequence = chunk.sequence
             request = self._open.get(sequence.id)
-            if request is None or sequence.status is not Status.RUNNING:
-                continue
-            if not self._transceiver.is_followed(request.handover_key):
-                continue
             num_blocks = sequence.num_computed // self._tokens_per_block
-            if num_blocks:
+            if request is not None and num_blocks and self._transceiver.is_followed(request.handover_key):
                 self._transceiver.show_progress(
                     request.handover_key,
                     sequence.content_hash(),

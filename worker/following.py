@@ -118,7 +118,7 @@ class Following:
         for followed in list(self._by_request.values()):
             deadline = followed.sequence.deadline
             if followed.handed is not None and followed.prefetch is None:
-                self._hand_over(followed, followed.handed)
+                self._hand_over(followed, followed.handed, now)
             elif deadline is not None and now >= deadline:
                 self._end(followed, "timeout", "no answer before the request's deadline", 504)
             elif now >= followed.heard_at + self._patience_s:
@@ -152,7 +152,7 @@ class Following:
         followed.prefetch = self._transceiver.fetch(progress.ticket, indices, missing)
         self._prefetching[followed.prefetch] = _Prefetch(followed, len(matched), matched + missing)
 
-    def _hand_over(self, followed: _Followed, handed: PrefillHanded) -> None:
+    def _hand_over(self, followed: _Followed, handed: PrefillHanded, now: float) -> None:
         request = followed.sequence.request
         try:
             drawn = _EVENT.decode(handed.note)
@@ -166,7 +166,7 @@ class Following:
             leg = msgspec.structs.replace(
                 request, output_token_ids=drawn.token_ids, ticket=handed.ticket, owner=""
             )
-            self._scheduler.add(leg, followed.sequence.arrival)
+            self._scheduler.add(leg, now, arrival=followed.sequence.arrival)
 
     def _end(
         self, followed: _Followed, reason: FinishReason, error: str | None = None, status: int = 500

@@ -321,7 +321,12 @@ class Job:
         assert times is not None
         self._first_token_at = time.monotonic()
         self._timeline.mark_split(
-            [("queue", times.queue_s), ("fetch", times.fetch_s), ("prefill", times.prefill_s)],
+            [
+                *([("follow", times.follow_s)] if times.follow_s else []),
+                ("queue", times.queue_s),
+                ("fetch", times.fetch_s),
+                ("prefill", times.prefill_s),
+            ],
             rest="engine_link",
         )
         metrics = self._service.metrics
@@ -330,6 +335,7 @@ class Job:
         self._service.perf.append(
             {
                 "request_id": self.request_id,
+                "follow_s": times.follow_s,
                 "queue_s": times.queue_s,
                 "fetch_s": times.fetch_s,
                 "wire_s": times.wire_s,

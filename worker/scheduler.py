@@ -97,9 +97,13 @@ class Scheduler:
 
     # What happened
 
-    def add(self, request: Submit, now: float) -> None:
-        """Queue one sequence. What can never run ends at once with an error event."""
-        sequence = Sequence(request, now)
+    def add(self, request: Submit, now: float, *, arrival: float | None = None) -> None:
+        """Queue one sequence. What can never run ends at once with an error event.
+
+        `arrival`: what its deadline counts from, when that is not `now`.
+        """
+        sequence = Sequence(request, now if arrival is None else arrival)
+        sequence.queued_at = now
         try:
             self._validate(sequence)
         except DiptychError as error:
@@ -475,7 +479,8 @@ def _times(sequence: Sequence, now: float) -> SequenceTimes:
     ready = scheduled if sequence.fetched_at is None else sequence.fetched_at
     fetch = sequence.fetch_times
     return SequenceTimes(
-        queue_s=scheduled - sequence.arrival,
+        follow_s=sequence.queued_at - sequence.arrival,
+        queue_s=scheduled - sequence.queued_at,
         fetch_s=ready - scheduled,
         prefill_s=now - ready,
         wire_s=fetch.wire_s if fetch else 0.0,

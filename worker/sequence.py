@@ -29,6 +29,7 @@ class Sequence:
 
     request: Submit
     arrival: float  # the scheduler's clock, seconds
+    queued_at: float = field(init=False)  # later than `arrival` when its prefill had to be waited for
     tokens: list[int] = field(init=False)
     status: Status = Status.WAITING
     num_computed: int = 0
@@ -43,6 +44,7 @@ class Sequence:
     first_token_sent: bool = False
 
     def __post_init__(self) -> None:
+        self.queued_at = self.arrival
         self.tokens = [*self.request.prompt_token_ids, *self.request.output_token_ids]
         self.use_ticket = self.request.ticket is not None
 

@@ -237,6 +237,14 @@ def test_a_followed_prefill_is_told_chunk_by_chunk_in_full_blocks(parts):
     scheduler.check()
 
 
+def test_what_the_prefix_cache_holds_is_told_before_the_first_step(parts):
+    engine, link, transceiver, _ = parts
+    transceiver.followers.add("k")
+    run(engine, link, submit("before", prompt=LONG[:17]), submit(prompt=LONG[:20], **CONTEXT_LEG))
+    progress, _ = transceiver.notices
+    assert progress[3] == 16
+
+
 def test_a_prefill_that_nobody_follows_tells_only_its_end(parts):
     engine, link, transceiver, _ = parts
     run(engine, link, submit(prompt=LONG, **CONTEXT_LEG), submit("plain", request_type="context_only"))
