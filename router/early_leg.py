@@ -8,6 +8,7 @@ saved: the leg is then sent once more, in context_first's order.
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from types import TracebackType
 
 from diptych.router.exchange import Exchange
@@ -22,10 +23,7 @@ class EarlyLeg:
     def __init__(self, leg: Leg, route: Route) -> None:
         self._leg = leg
         self._route = route
-        self._beside: Route | None = None
-        self._exchange: Exchange | None = None
-        self._entering: asyncio.Task[Exchange] | None = None
-        self.worker: WorkerView | None = None  # None: it was not sent, or is cancelled
+        self._sent: _Sent | None = None
         self.journal = bytearray()
 
     async def __aenter__(self) -> "EarlyLeg":
@@ -36,38 +34,54 @@ class EarlyLeg:
     ) -> None:
         await self.cancel()
 
+    @property
+    def worker(self) -> WorkerView | None:
+        """None when it was not sent, or is cancelled."""
+        return None if self._sent is None else self._sent.worker
+
     def send(self, context: WorkerView, candidates: Sequence[WorkerView]) -> bool:
         """To one of the candidates; False when none can follow that context worker. Call it once."""
         endpoint = context.facts.kv_endpoint if context.facts is not None else ""
         others = [worker for worker in candidates if worker is not context]
         if not (endpoint and others):
             return False
-        call = self._route.call
-        self._beside = self._route.beside()
-        self.worker = self._beside.pick("GENERATION", others)
-        self.worker.in_flight += 1
+        call, route = self._route.call, self._route.beside()
+        worker = route.pick("GENERATION", others)
+        worker.in_flight += 1
         journal = self.journal if call.stream else None
-        self._exchange = self._leg.send(self.worker, call, call.early_body(endpoint), journal=journal)
-        self._entering = asyncio.create_task(self._exchange.__aenter__(), name=f"early-leg-{call.request_id}")
+        exchange = self._leg.send(worker, call, call.early_body(endpoint), journal=journal)
+        entering = asyncio.create_task(exchange.__aenter__(), name=f"early-leg-{call.request_id}")
+        self._sent = _Sent(worker, route, exchange, entering)
         return True
 
     @asynccontextmanager
-    async def exchange(self) -> AsyncIterator[Exchange]:
-        """The response's head is here; raises what sending it raised."""
-        assert self._entering is not None
+    async def take(self) -> AsyncIterator[Exchange]:
+        """The response's head is here; raises what sending it raised. The worker is the taker's to count."""
+        sent, self._sent = self._sent, None
+        assert sent is not None
+        sent.worker.in_flight -= 1
         try:
-            yield await self._entering
+            yield await sent.entering
         finally:
-            await self.cancel()
+            await sent.end()
 
     async def cancel(self) -> None:
-        """Close the connection, and with it the leg, unless it is over."""
-        worker, self.worker = self.worker, None
-        if worker is None:
-            return
-        assert self._beside is not None and self._exchange is not None and self._entering is not None
-        worker.in_flight -= 1
-        self._beside.end()
-        self._entering.cancel()
-        await asyncio.gather(self._entering, return_exceptions=True)
-        await self._exchange.__aexit__(None, None, None)
+        """Close the connection, and with it the leg, unless it was taken."""
+        sent, self._sent = self._sent, None
+        if sent is not None:
+            sent.worker.in_flight -= 1
+            await sent.end()
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    worker: WorkerView
+    route: Route
+    exchange: Exchange
+    entering: "asyncio.Task[Exchange]"
+
+    async def end(self) -> None:
+        self.route.end()
+        self.entering.cancel()
+        await self.exchange.__aexit__(None, None, None)
+        await asyncio.gather(self.entering, return_exceptions=True)

@@ -126,7 +126,7 @@ class FinalLeg:
         early, self._early = self._early, None
         started = time.monotonic()
         with worker:
-            async with self._send(worker) if early is None else early.exchange() as exchange:
+            async with self._send(worker) if early is None else early.take() as exchange:
                 if exchange.status == HTTPStatus.OK and call.stream:
                     first = await exchange.first()
                     metrics.first_token.observe(time.monotonic() - started)

@@ -84,6 +84,7 @@ class Flow:
             return await self._final_leg(call, client, workers).run(error)
         if isinstance(context, Reply):
             return client.pass_on(context)
+        route.end()
         client.set_header("X-Diptych-Context-Worker", context.worker.worker_id)
         taken_over = False
         try:

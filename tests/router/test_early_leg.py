@@ -61,6 +61,26 @@ async def test_the_first_token_does_not_wait_for_the_generation_leg(
         assert (await response.read()).decode() == generation.events(skip=1)
 
 
+async def test_each_worker_counts_the_leg_once_and_only_while_it_runs(
+    start_router: StartRouter, context, generation
+):
+    gate = context.script.hold["context"] = asyncio.Event()
+    rest = generation.script.hold_after[2] = asyncio.Event()
+    router = await start_router(context, generation, config=EARLY)
+    in_flight = {worker.worker_id: worker for worker in router.pool.workers}
+    call = asyncio.create_task(router.text(STREAM))
+    await context.wait_for(lambda: context.seen)
+    await generation.wait_for(lambda: generation.seen)
+    assert [in_flight[url].in_flight for url in (context.url, generation.url)] == [1, 1]
+    gate.set()
+    await context.wait_fate("context", "done")
+    await router.until(lambda: in_flight[context.url].in_flight == 0)
+    assert in_flight[generation.url].in_flight == 1
+    rest.set()
+    await call
+    await no_connections(router)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_finished_on_the_context_leg_ends_the_early_one(
     start_router: StartRouter, context, generation, stream
