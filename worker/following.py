@@ -131,11 +131,8 @@ class Following:
 
     def _fetch_ahead(self, followed: _Followed, progress: PrefillProgress) -> None:
         followed.progress = None
-        pool, size, sequence = (
-            self._scheduler.pool,
-            self._scheduler.limits.tokens_per_block,
-            followed.sequence,
-        )
+        pool, sequence = self._scheduler.pool, followed.sequence
+        size = self._scheduler.limits.tokens_per_block
         if not (followed.prefetches and pool.reuses):
             return
         num_blocks = min(progress.num_tokens, sequence.num_prompt) // size
