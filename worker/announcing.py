@@ -4,13 +4,14 @@ The context worker's side of following.py. Called by the step loop, sends nothin
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
 
 from diptych.wire import Submit, TokenEvent
 from diptych.worker.scheduler import Chunk
-from diptych.worker.sequence import content_hash
+from diptych.worker.sequence import Status, content_hash
 
 _ENCODER = msgspec.msgpack.Encoder()
 
@@ -22,36 +23,43 @@ class Transceiver(Protocol):
     def withdraw(self, key: str, reason: str) -> None: ...
 
 
+@dataclass(slots=True)
+class _Prefill:
+    request: Submit
+    num_told: int = 0  # blocks that its follower knows of
+
+
 class Announcer:
     def __init__(self, transceiver: Transceiver, tokens_per_block: int) -> None:
         self._transceiver = transceiver
         self._tokens_per_block = tokens_per_block
-        self._open: dict[str, Submit] = {}
+        self._open: dict[str, _Prefill] = {}
 
     def add(self, request: Submit) -> None:
-        self._open[request.request_id] = request
+        self._open[request.request_id] = _Prefill(request)
 
-    def going_on(self, chunks: Iterable[Chunk]) -> None:
-        """These chunks are computed next: tell what is there by now, from the prefix cache or from steps before."""
+    def tell(self, chunks: Iterable[Chunk]) -> None:
+        """How far the prefills of these chunks are: called before a step, for what the prefix cache holds, and after
+        it. What became of those that drew a token is told by their event."""
         for chunk in chunks:
             sequence = chunk.sequence
-            request = self._open.get(sequence.id)
-            num_blocks = sequence.num_computed // self._tokens_per_block
-            if request is not None and num_blocks and self._transceiver.is_followed(request.handover_key):
-                self._transceiver.show_progress(
-                    request.handover_key,
-                    sequence.content_hash(),
-                    sequence.blocks[:num_blocks],
-                    num_blocks * self._tokens_per_block,
-                )
+            prefill = self._open.get(sequence.id)
+            if prefill is None or sequence.status is not Status.RUNNING:
+                continue
+            key, num_blocks = prefill.request.handover_key, sequence.num_computed // self._tokens_per_block
+            if num_blocks > prefill.num_told and self._transceiver.is_followed(key):
+                prefill.num_told = num_blocks
+                blocks, num_tokens = sequence.blocks[:num_blocks], num_blocks * self._tokens_per_block
+                self._transceiver.show_progress(key, sequence.content_hash(), blocks, num_tokens)
 
     def note(self, event: TokenEvent) -> None:
         """What the engine tells of any sequence."""
         if event.finish_reason is None and event.ticket is None:
             return
-        request = self._open.pop(event.request_id, None)
-        if request is None:
+        prefill = self._open.pop(event.request_id, None)
+        if prefill is None:
             return
+        request = prefill.request
         if not event.token_ids:
             self._transceiver.withdraw(request.handover_key, event.error or "the prefill was cancelled")
             return

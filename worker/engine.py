@@ -178,10 +178,11 @@ class Engine:
                     self._scheduler.unlease(event.block_ids)
 
     def _compute(self, plan: StepPlan) -> Iterator[TokenEvent]:
-        self._announcer.going_on(plan.chunks)
+        self._announcer.tell(plan.chunks)
         drawn = self._runner.run(plan)
         commit: Commit = self._scheduler.commit(plan, drawn, self._clock())
         self._steps += 1
+        self._announcer.tell(plan.chunks)
         yield from commit.events
         for offer in commit.offers:
             yield self._offer(offer)
