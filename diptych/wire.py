@@ -39,7 +39,8 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
 
     ``context_only``: compute the prompt, draw one token, hold the KV blocks and answer with a ticket.
     ``generation_only``: `output_token_ids` were drawn elsewhere (at least one); fetch the prompt's KV with
-    `ticket`, or compute it when that fails or when there is no ticket, and go on.
+    `ticket`, or compute it when that fails or when there is no ticket, and go on. With `owner` set there are neither
+    tokens nor a ticket yet: both come from that context worker's engine, where the prefill is called `handover_key`.
     """
 
     request_id: str  # unique per sequence, for example "cmpl-1a2b/0"
@@ -50,6 +51,8 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
     ticket: bytes | None = None
     timeout_s: float | None = None
     cache_salt: str = ""
+    handover_key: str = ""  # context_only: a generation worker may follow the prefill by this name
+    owner: str = ""  # generation_only: the KV endpoint of the context worker to follow
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -87,12 +90,15 @@ class Logprob(msgspec.Struct, frozen=True, array_like=True):
 class SequenceTimes(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Durations of the stages before a sequence's first token here; they sum to the engine's part of TTFT."""
 
-    queue_s: float = 0.0  # submit to first scheduled (or fetch started)
+    follow_s: float = 0.0  # submit to the end of its prefill elsewhere, 0 when that was over
+    queue_s: float = 0.0  # from then to first scheduled (or fetch started)
     fetch_s: float = 0.0  # whole KV fetch, 0 when none
     prefill_s: float = 0.0  # first scheduled (or fetched) to first token
     wire_s: float = 0.0  # part of fetch_s that was copying
     wire_bytes: int = 0
     transport: str = ""
+    ready_at: float = 0.0  # monotonic, of this host: when its first step could begin, and when the
+    drawn_at: float = 0.0  # token was there
 
 
 class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -109,6 +115,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ticket: bytes | None = None  # context_only: with the first token
     ticket_id: str | None = None
     num_cached_tokens: int | None = None  # with the first event
+    handed_over: bool = False  # the context leg drew these tokens, and prints them
     times: SequenceTimes | None = None  # with the first token
 
 
@@ -153,6 +160,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     leases_expired: int = 0
     queued_fetches: int = 0  # for one of `max_concurrent_fetches`, or for max_tokens_in_buffer
     links: list[LinkStats] = []
+    handovers: int = 0  # prefills followed to their end
+    blocks_ahead: int = 0  # KV blocks fetched while their prefill went on
     iteration: dict[str, Any] | None = None  # the last step, when enable_iter_perf_stats is on
 
 
@@ -169,6 +178,7 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     device: str = "cpu"
     max_batch_size: int = 0
     kv_peer: bytes = b""  # how the transceiver is reached, for GET /kv/peer
+    kv_endpoint: str = ""  # where peers follow its prefills
     kernel: str  # which kernels run the model, for the log and /server_info
     load_s: float = 0.0
 

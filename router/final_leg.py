@@ -18,6 +18,7 @@ from http import HTTPStatus
 from diptych.errors import DiptychError, WorkerLost
 from diptych.journal import END, JournalError, read_journal
 from diptych.router.downstream import Answered, Downstream
+from diptych.router.early_leg import EarlyLeg
 from diptych.router.exchange import Exchange, Reply
 from diptych.router.frontends.openai import Call, Prefill
 from diptych.router.leg import Leg, is_late, left
@@ -45,8 +46,12 @@ class FinalLeg:
         wait_s: float,
         prefill: Prefill | None,
         release: Callable[[Iterable[int] | None], None] | None,
+        early: EarlyLeg | None = None,
     ) -> None:
-        """`prefill`: None when this leg does the whole request. `release` returns its choices' tickets."""
+        """`prefill`: None when this leg does the whole request. `release` returns its choices' tickets.
+
+        `early`: a generation leg that is under way, to be taken first.
+        """
         self._leg = leg
         self._pool = pool
         self._call = call
@@ -57,7 +62,8 @@ class FinalLeg:
         self._prefill = prefill
         self._release = release
         self._body = call.whole_body() if prefill is None else call.generation_body(prefill)
-        self._journal = bytearray()
+        self._early = early if early is not None and early.worker is not None else None
+        self._journal = bytearray() if self._early is None else self._early.journal
         self._is_beyond_repair = False  # the client has bytes that no journal knows
         self._failures = 0
         self._tried: set[str] = set()
@@ -93,6 +99,8 @@ class FinalLeg:
         return await client.fail(failure or leg.nobody(self._wait_s), left(call))
 
     async def _next_worker(self, failure: DiptychError | Reply | None) -> WorkerView | None:
+        if self._early is not None:
+            return self._early.worker
         worker = next(self._workers, None)
         if worker is not None or not isinstance(failure, WorkerLost) or not self._client.started:
             return worker
@@ -115,10 +123,10 @@ class FinalLeg:
     async def _try(self, worker: WorkerView) -> Answered | Reply:
         """The answer, or a reply that another worker may do better; raises when the worker fails."""
         call, client, metrics = self._call, self._client, self._leg.metrics
+        early, self._early = self._early, None
         started = time.monotonic()
         with worker:
-            journal = self._journal if call.stream else None
-            async with self._leg.send(worker, call, self._body, journal=journal) as exchange:
+            async with self._send(worker) if early is None else early.take() as exchange:
                 if exchange.status == HTTPStatus.OK and call.stream:
                     first = await exchange.first()
                     metrics.first_token.observe(time.monotonic() - started)
@@ -126,7 +134,8 @@ class FinalLeg:
                     response = await client.finish(left(call))
                 else:
                     reply = Reply(exchange.head, await exchange.read())
-                    if reply.status in (_ELSEWHERE_ONCE_BEGUN if client.started else _ELSEWHERE):
+                    elsewhere = _ELSEWHERE_ONCE_BEGUN if client.started else _ELSEWHERE
+                    if reply.status in elsewhere or (early is not None and reply.status != HTTPStatus.OK):
                         self._leg.note_refusal(call, worker, reply)
                         return reply
                     client.add_timing(reply.head.text("server-timing"))
@@ -134,6 +143,10 @@ class FinalLeg:
         metrics.complete.observe(time.monotonic() - started)
         (metrics.errors if client.failed else metrics.completed).inc()
         return response
+
+    def _send(self, worker: WorkerView) -> Exchange:
+        journal = self._journal if self._call.stream else None
+        return self._leg.send(worker, self._call, self._body, journal=journal)
 
     async def _relay(self, exchange: Exchange, first: bytes) -> None:
         client = self._client

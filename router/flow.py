@@ -1,10 +1,11 @@
 """The two legs of one request (docs/protocol.md): context, first token to the client, generation, stream.
 
     context leg   fails -> another context worker; none left -> the final leg does the whole request
+    early leg     with schedule_style generation_first: the generation leg, sent beside the first context leg
     between       the tickets are ours: returned unless a generation worker has taken them over
     final leg     generation, or all of it; final_leg.py says what happens when it fails
 
-Cancellation (the client went away) closes the connection of the leg that runs, and with it the leg. Whatever
+Cancellation (the client went away) closes the connections of the legs that run, and with them the legs. Whatever
 the context leg had given away by then is returned in the background, which no cancellation reaches.
 """
 
@@ -21,6 +22,7 @@ import orjson
 
 from diptych.errors import DiptychError, ModelNotFound, Unavailable, WorkerLost
 from diptych.router.downstream import Answered, Downstream
+from diptych.router.early_leg import EarlyLeg
 from diptych.router.exchange import Reply
 from diptych.router.final_leg import ChooseWorkers, FinalLeg
 from diptych.router.frontends.openai import Call, Prefill, client_answer, parse_prefill
@@ -47,6 +49,7 @@ class Flow:
         self._metrics = metrics
         self._limits = limits
         self._attempts = 1 + settings.max_retries
+        self._generation_first = settings.schedule_style == "generation_first"
         self._context = Leg("CONTEXT", pool, metrics.context)
         self._generation = Leg("GENERATION", pool, metrics.generation)
         self._routing = Routing(pool, metrics, settings)
@@ -68,17 +71,20 @@ class Flow:
             if route.stays_local():
                 workers = partial(self._workers, route, call.model, ("GENERATION", "CONTEXT"))
                 return await self._final_leg(route.call, client, workers).run(None)
-            return await self._both_legs(route, client)
+            async with EarlyLeg(self._generation, route) as early:
+                return await self._both_legs(route, client, early)
 
-    async def _both_legs(self, route: Route, client: Downstream) -> Answered:
+    async def _both_legs(self, route: Route, client: Downstream, early: EarlyLeg) -> Answered:
         call = route.call
         try:
-            context = await self._context_leg(route, client)
+            context = await self._context_leg(route, client, early)
         except Unavailable as error:
+            await early.cancel()
             workers = partial(self._workers, route, call.model, ("GENERATION", "CONTEXT"))
             return await self._final_leg(call, client, workers).run(error)
         if isinstance(context, Reply):
             return client.pass_on(context)
+        route.end()
         client.set_header("X-Diptych-Context-Worker", context.worker.worker_id)
         taken_over = False
         try:
@@ -91,7 +97,7 @@ class Flow:
                 return client.answer(HTTPStatus.OK, client_answer(context.body))
             model = call.model or next(iter(context.worker.models), None)  # both legs: one model
             workers = partial(self._workers, route, model, ("GENERATION", "CONTEXT"))
-            final = self._final_leg(call, client, workers, context)
+            final = self._final_leg(call, client, workers, context, early)
             response = await final.run(None)
             taken_over = final.undisturbed
             return response
@@ -100,7 +106,12 @@ class Flow:
                 self._release(call, context, None)
 
     def _final_leg(
-        self, call: Call, client: Downstream, workers: ChooseWorkers, context: ContextResult | None = None
+        self,
+        call: Call,
+        client: Downstream,
+        workers: ChooseWorkers,
+        context: ContextResult | None = None,
+        early: EarlyLeg | None = None,
     ) -> FinalLeg:
         return FinalLeg(
             self._generation,
@@ -112,22 +123,25 @@ class Flow:
             wait_s=self._limits.resume_wait_s,
             prefill=None if context is None else context.prefill,
             release=None if context is None else partial(self._release, call, context),
+            early=early,
         )
 
-    async def _context_leg(self, route: Route, client: Downstream) -> ContextResult | Reply:
+    async def _context_leg(self, route: Route, client: Downstream, early: EarlyLeg) -> ContextResult | Reply:
         """Raises Unavailable when no worker could be had. A Reply is a worker's error, for the client."""
         call = route.call
         failure: Unavailable | None = None
-        body = call.context_body()
         leg = self._context
         started = time.monotonic()
         self._metrics.queue_latency.observe(started - call.arrived)
         client.add_timing(f"router_queue;dur={(started - call.arrived) * 1000:.2f}")
         for attempt, worker in enumerate(self._workers(route, call.model, ("CONTEXT",), set())):
             leg.count_attempt(attempt)
+            if attempt:
+                await early.cancel()  # it follows the worker before
+            followed = attempt == 0 and self._send_early(early, worker, call)
             try:
                 with worker:
-                    async with leg.send(worker, call, body) as exchange:
+                    async with leg.send(worker, call, call.context_body(followed=followed)) as exchange:
                         reply = Reply(exchange.head, await exchange.read())
             except (DiptychError, asyncio.CancelledError) as error:
                 self._revoke(call, worker)  # its answer may have been on the way
@@ -151,6 +165,12 @@ class Flow:
                 return reply
             failure = unavailable(worker, reply)
         raise failure or leg.nobody(self._limits.probe_retry_s)
+
+    def _send_early(self, early: EarlyLeg, context: WorkerView, call: Call) -> bool:
+        if not self._generation_first:
+            return False
+        model = call.model or next(iter(context.models), None)
+        return early.send(context, self._pool.unhindered(self._pool.ready("GENERATION", model)))
 
     def _workers(
         self, route: Route, model: str | None, roles: tuple[LegRole, ...], tried: set[str]

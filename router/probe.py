@@ -31,6 +31,7 @@ class WorkerFacts:
     tokens_per_block: int | None = None
     block_hash: str = ""  # the algorithm
     max_batch_size: int | None = None  # sequences in one step
+    kv_endpoint: str = ""  # where generation workers follow its prefills; empty: they cannot
     num_requests: float = field(default=0.0, compare=False)  # running and waiting, now
 
 
@@ -47,6 +48,7 @@ class _ServerInfo(msgspec.Struct):
     tokens_per_block: int | None = None
     max_batch_size: int | None = None
     kv_cache_hash_algo: str | None = None
+    kv_endpoint: str | None = None
     load: dict[str, float] = {}
 
     @property
@@ -82,5 +84,6 @@ async def ask(client: WorkerClient, deadline: float) -> WorkerFacts:
         tokens_per_block=info.tokens_per_block,
         block_hash=info.kv_cache_hash_algo or "",
         max_batch_size=info.max_batch_size,
+        kv_endpoint=info.kv_endpoint or "",
         num_requests=info.load.get("running", 0.0) + info.load.get("waiting", 0.0),
     )

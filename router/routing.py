@@ -196,7 +196,10 @@ class Routing:
 
 
 class Route:
-    """One request's way. It has one leg at a time: to pick ends the leg before, to leave ends the last."""
+    """One request's way. It has one leg at a time: to pick ends the leg before, to leave ends the last.
+
+    Legs that run at the same time have a route each (`beside`).
+    """
 
     __slots__ = ("_leg", "_local", "_prompt", "_routing", "call")
 
@@ -213,16 +216,19 @@ class Route:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end_leg()
+        self.end()
 
     def stays_local(self) -> bool:
         """Whether a generation worker is to do all of the request; that worker is then picked first."""
         self._local = self._routing.local_worker(self.call, self._prompt)
         return self._local is not None
 
+    def beside(self) -> "Route":
+        return Route(self._routing, self.call, self._prompt)
+
     def pick(self, role: LegRole, candidates: Sequence[WorkerView]) -> WorkerView:
         """The worker for a leg that begins now."""
-        self._end_leg()
+        self.end()
         routing = self._routing
         request = routing.request(role, self.call, self._prompt, candidates)
         local, self._local = self._local, None
@@ -232,7 +238,8 @@ class Route:
         self._leg = (role, request, worker)
         return worker
 
-    def _end_leg(self) -> None:
+    def end(self) -> None:
+        """The leg is over, if there is one."""
         leg, self._leg = self._leg, None
         if leg is not None:
             self._routing.ended(*leg, self._prompt)

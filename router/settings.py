@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from diptych.config.api_keys import KeySetting
 from diptych.config.routing import ConditionalDisagg
@@ -44,6 +44,8 @@ class RouterSettings(Protocol):
     def model(self) -> str | None: ...
     @property
     def conditional_disagg_config(self) -> ConditionalDisagg | None: ...
+    @property
+    def schedule_style(self) -> Literal["context_first", "generation_first"]: ...
     @property
     def max_retries(self) -> int: ...
     @property

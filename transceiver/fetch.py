@@ -200,13 +200,13 @@ class Fetcher:
         """Every rank of the owner is told, once, also those that this reader takes nothing from."""
         if not fetch.begun:
             fetch.begun = True
-            for rank in ticket.owners:
+            for rank in _leasing(ticket):
                 self._tell(rank, ticket.lease_s, Begin(rank.ticket_id))
 
     def _finish(self, fetch: Fetch, ticket: Ticket, *, complete: bool) -> None:
         """Also when the link was cut meanwhile: what it had said last may never have reached the owner."""
         self._begin(fetch, ticket)
-        for rank in ticket.owners:
+        for rank in _leasing(ticket):
             self._tell(rank, ticket.lease_s, Finish(rank.ticket_id, complete))
 
     def _tell(self, rank: OwnerRank, lease_s: float, message: Begin | Finish) -> None:
@@ -239,3 +239,8 @@ class Fetcher:
             transport.forget(link.rank.incarnation)
         for message in link.unsaid():
             self._tell(link.rank, link.lease_s, message)
+
+
+def _leasing(ticket: Ticket) -> list[OwnerRank]:
+    """The ranks that hold their blocks for this ticket, and want to hear of its fetch."""
+    return [rank for rank in ticket.owners if rank.ticket_id]

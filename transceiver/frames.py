@@ -20,10 +20,11 @@ NONCE_BYTES = 16
 
 LENGTH = struct.Struct("<I")
 
-Kind = Literal["control", "data"]
+Kind = Literal["control", "data", "notices"]
 Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
 Proof = Annotated[bytes, msgspec.Meta(max_length=32)]
 TicketId = Annotated[str, msgspec.Meta(max_length=64)]
+Key = Annotated[str, msgspec.Meta(max_length=256)]
 
 
 class BadFrame(Exception):
@@ -94,7 +95,59 @@ class Sent(msgspec.Struct, frozen=True, tag="sent"):
     generations: bytes
 
 
-Message = Hello | Welcome | Refused | Prove | Begin | Renew | Finish | Read | Sending | Sent
+class Follow(msgspec.Struct, frozen=True, tag="follow"):
+    """Notices, reader to owner: tell me how the prefill of this name goes on, whether it has begun or not."""
+
+    key: Key
+
+
+class Unfollow(msgspec.Struct, frozen=True, tag="unfollow"):
+    key: Key
+
+
+class Progress(msgspec.Struct, frozen=True, tag="progress"):
+    """Notices: the prefill's first `num_tokens` tokens are computed; the ticket tells where, without a lease."""
+
+    key: Key
+    content: bytes  # what the KV is of; the transceiver does not look into it
+    num_tokens: int
+    ticket: bytes
+
+
+class Handed(msgspec.Struct, frozen=True, tag="handed"):
+    """Notices, the last: the prefill is over. The ticket is a leased one, or empty when nobody need go on."""
+
+    key: Key
+    content: bytes
+    ticket: bytes
+    note: bytes  # from engine to engine
+
+
+class Withdrawn(msgspec.Struct, frozen=True, tag="withdrawn"):
+    """Notices, the last: there will be no ticket."""
+
+    key: Key
+    reason: str
+
+
+Notice = Progress | Handed | Withdrawn
+Message = (
+    Hello
+    | Welcome
+    | Refused
+    | Prove
+    | Begin
+    | Renew
+    | Finish
+    | Read
+    | Sending
+    | Sent
+    | Follow
+    | Unfollow
+    | Progress
+    | Handed
+    | Withdrawn
+)
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(Message)

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from diptych.transceiver.settings import FetchDone, FetchFailed, TransceiverEvent
+from diptych.transceiver.settings import FetchDone, FetchFailed, LeaseEnded
 from diptych.wire import LinkStats
 
 
@@ -36,7 +36,7 @@ class Counts:
     failures: Counter[str] = field(default_factory=Counter)
     leases_ended: Counter[str] = field(default_factory=Counter)
 
-    def add(self, event: TransceiverEvent) -> None:
+    def add(self, event: FetchDone | FetchFailed | LeaseEnded) -> None:
         if isinstance(event, FetchDone):
             self.bytes += event.bytes
             self.wire_s += event.wire_s

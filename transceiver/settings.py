@@ -55,4 +55,33 @@ class LeaseEnded:
     reason: EndReason
 
 
-TransceiverEvent = FetchDone | FetchFailed | LeaseEnded
+@dataclass(frozen=True, slots=True)
+class PrefillProgress:
+    """The owner has computed so many tokens of the prefill; its ticket names their full blocks and no lease."""
+
+    follow_id: int
+    content: bytes
+    num_tokens: int
+    ticket: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillHanded:
+    """The prefill is over; nothing follows. `ticket`: a leased one, None when its owner's engine needs no reader."""
+
+    follow_id: int
+    content: bytes
+    ticket: bytes | None
+    note: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class FollowEnded:
+    """No more will be heard of the prefill; nothing follows."""
+
+    follow_id: int
+    message: str
+
+
+FollowEvent = PrefillProgress | PrefillHanded | FollowEnded
+TransceiverEvent = FetchDone | FetchFailed | LeaseEnded | FollowEvent

@@ -34,7 +34,7 @@ class OwnerRank(msgspec.Struct, frozen=True, kw_only=True):
 
 class Ticket(msgspec.Struct, frozen=True, kw_only=True):
     version: int = VERSION
-    ticket_id: str  # 128 random bits, in hex
+    ticket_id: str  # 128 random bits, in hex; empty: no lease holds the blocks, they may go at any time
     incarnation: str  # of the engine process that owns the blocks
     layout: KvLayout
     fingerprint: str

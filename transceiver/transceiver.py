@@ -1,8 +1,9 @@
 """The transceiver of one engine process: offers finished prefills to others, and fetches theirs.
 
 The step loop calls it and it never blocks that thread: copies, sockets and waits live on background threads,
-their outcomes come out of `poll`. Every fetch ends in exactly one event, every lease in exactly one. Knows
-blocks and tickets, nothing of requests, models or devices.
+their outcomes come out of `poll`. Every fetch ends in exactly one event, every lease in exactly one. A reader
+may follow a prefill by its name while the owner computes it. Knows blocks and tickets, nothing of requests,
+models or devices.
 """
 
 import itertools
@@ -21,15 +22,18 @@ from diptych.transceiver.connection import Connection
 from diptych.transceiver.digest import OwnerDigests
 from diptych.transceiver.fetch import Fetch, Fetcher
 from diptych.transceiver.fetch_queue import FetchQueue
-from diptych.transceiver.frames import BadFrame, Begin, Finish, Message, Renew
+from diptych.transceiver.follow import Follows, OwnerAddress
+from diptych.transceiver.frames import BadFrame, Begin, Finish, Handed, Message, Progress, Renew, Withdrawn
 from diptych.transceiver.lease import EndedLease, LeaseTable
 from diptych.transceiver.meter import Meter
 from diptych.transceiver.metrics import Counts, TransceiverMetrics
+from diptych.transceiver.notices import NoticeBoard
 from diptych.transceiver.pool import KvPool
 from diptych.transceiver.server import Server
 from diptych.transceiver.settings import (
     FetchDone,
     FetchFailed,
+    FollowEvent,
     LeaseEnded,
     TransceiverEvent,
     TransceiverSettings,
@@ -94,34 +98,46 @@ class Transceiver:
             timeout_s=settings.timeout_s,
         )
         self._queue = FetchQueue(settings.max_concurrent_fetches, settings.max_tokens_in_flight)
+        self._board = NoticeBoard(settings.timeout_s)
+        self._follows = Follows(secret=secret, timeout_s=settings.timeout_s, post=self._post_follow)
         self._server.handle("control", self._serve_control)
+        self._server.handle("notices", self._board.serve)
         self._server.start()
 
     def offer(self, block_ids: Sequence[int], num_tokens: int) -> tuple[str, bytes]:
         """Open a lease on these blocks, which are complete: (ticket id, ticket for the reader)."""
-        generations = self._memory.generations[list(block_ids)].tolist()
-        digests: list[int] = []
-        if self._settings.verify_digest:
-            digests = self._digests.of(block_ids, generations, num_tokens)
-        host, port = self._server.address
-        ticket = Ticket(
-            ticket_id=tickets.new_ticket_id(),
-            incarnation=self._memory.identity.incarnation,
-            layout=self._layout,
-            fingerprint=self._memory.identity.fingerprint,
-            num_tokens=num_tokens,
-            block_ids=list(block_ids),
-            generations=generations,
-            digests=digests,
-            digest_kind=self._memory.digest_kind,
-            host=host,
-            port=port,
-            transports=self._ways.regions,
-            lease_s=self._settings.lease_s,
-        )
+        ticket_id = tickets.new_ticket_id()
+        ticket = self._ticket(ticket_id, block_ids, num_tokens)
         with self._lock:
-            self._leases.add(ticket.ticket_id, block_ids, self._clock(), self._settings.lease_s)
-        return ticket.ticket_id, tickets.encode(ticket)
+            self._leases.add(ticket_id, block_ids, self._clock(), self._settings.lease_s)
+        return ticket_id, ticket
+
+    def is_followed(self, key: str) -> bool:
+        """Owner side: whether a reader listens to this prefill now."""
+        return self._board.is_followed(key)
+
+    def show_progress(self, key: str, content: bytes, block_ids: Sequence[int], num_tokens: int) -> None:
+        """Owner side: the prefill's first `num_tokens` tokens are computed, in these full blocks.
+
+        They are not leased: a reader finds out by their generation numbers when they went to somebody else.
+        """
+        self._board.progress(Progress(key, content, num_tokens, self._ticket("", block_ids, num_tokens)))
+
+    def hand_over(self, key: str, content: bytes, ticket: bytes | None, note: bytes) -> None:
+        """Owner side: the prefill is over; its reader, also one that asks later, gets ticket and note."""
+        self._board.end(Handed(key, content, ticket or b"", note))
+
+    def withdraw(self, key: str, reason: str) -> None:
+        """Owner side: there will be no ticket."""
+        self._board.end(Withdrawn(key, reason))
+
+    def follow(self, owner: str, key: str) -> int:
+        """Reader side: hear how the owner at that `endpoint` gets on with a prefill; `poll` tells."""
+        return self._follows.follow(owner, key)
+
+    def unfollow(self, follow_id: int) -> None:
+        """Events that have come already may still be polled."""
+        self._follows.unfollow(follow_id)
 
     def fetch(self, ticket: bytes, source_indices: Sequence[int], destination_blocks: Sequence[int]) -> int:
         """Start to copy the ticket's blocks at these indices into these blocks of ours; `poll` tells the end.
@@ -164,7 +180,7 @@ class Transceiver:
         events: list[TransceiverEvent] = []
         while self._events:
             event = self._events.popleft()
-            if not isinstance(event, LeaseEnded):
+            if isinstance(event, FetchDone | FetchFailed):
                 del self._fetches[event.fetch_id]
             events.append(event)
         return events
@@ -184,8 +200,13 @@ class Transceiver:
 
     @property
     def address(self) -> tuple[str, int]:
-        """Where readers dial, for the log and /server_info."""
+        """Where readers dial."""
         return self._server.address
+
+    @property
+    def endpoint(self) -> str:
+        """What a reader's `follow` takes."""
+        return str(OwnerAddress(*self._server.address, self._memory.identity.incarnation))
 
     def metrics(self) -> TransceiverMetrics:
         with self._lock:
@@ -201,11 +222,36 @@ class Transceiver:
         """Ends every fetch (their events can still be polled) and lets go of the pool's memory."""
         for fetch_id in list(self._fetches):
             self.abort(fetch_id)
+        self._follows.close()
         self._queue.close()
         self._fetcher.close()
         for transport in self._ways.transports.values():
             transport.close()
         self._server.close()
+
+    def _ticket(self, ticket_id: str, block_ids: Sequence[int], num_tokens: int) -> bytes:
+        generations = self._memory.generations[list(block_ids)].tolist()
+        digests: list[int] = []
+        if self._settings.verify_digest:
+            digests = self._digests.of(block_ids, generations, num_tokens)
+        host, port = self._server.address
+        return tickets.encode(
+            Ticket(
+                ticket_id=ticket_id,
+                incarnation=self._memory.identity.incarnation,
+                layout=self._layout,
+                fingerprint=self._memory.identity.fingerprint,
+                num_tokens=num_tokens,
+                block_ids=list(block_ids),
+                generations=generations,
+                digests=digests,
+                digest_kind=self._memory.digest_kind,
+                host=host,
+                port=port,
+                transports=self._ways.regions,
+                lease_s=self._settings.lease_s,
+            )
+        )
 
     def _run(self, fetch: Fetch) -> None:
         event: FetchDone | FetchFailed
@@ -224,7 +270,11 @@ class Transceiver:
         except TransferError as error:
             log.debug("an aborted fetch had no readable ticket: %s", error)
 
-    def _post(self, *events: TransceiverEvent) -> None:
+    def _post_follow(self, event: FollowEvent) -> None:
+        self._events.append(event)
+        self._wake()
+
+    def _post(self, *events: FetchDone | FetchFailed | LeaseEnded) -> None:
         with self._lock:
             for event in events:
                 self._counts.add(event)

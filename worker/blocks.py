@@ -64,6 +64,11 @@ class BlockPool:
         """Blocks that `allocate` could hand out now."""
         return len(self._free) + len(self._cached)
 
+    @property
+    def reuses(self) -> bool:
+        """Whether what is published can be matched."""
+        return self._reuse
+
     def is_active(self, block: int) -> bool:
         return self._refs[block] > 0
 

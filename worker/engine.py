@@ -10,7 +10,14 @@ from typing import Protocol
 
 import msgspec
 
-from diptych.transceiver.settings import FetchDone, FetchFailed, LeaseEnded
+from diptych.transceiver.settings import (
+    FetchDone,
+    FetchFailed,
+    FollowEnded,
+    LeaseEnded,
+    PrefillHanded,
+    PrefillProgress,
+)
 from diptych.transceiver.transceiver import Transceiver
 from diptych.wire import (
     Abort,
@@ -25,6 +32,8 @@ from diptych.wire import (
     TokenEvent,
     WatchBlocks,
 )
+from diptych.worker.announcing import Announcer
+from diptych.worker.following import Following
 from diptych.worker.iteration import iteration_stats
 from diptych.worker.scheduler import Commit, Drawn, Offer, Scheduler, StepPlan
 
@@ -41,6 +50,8 @@ class Link(Protocol):
 
 
 class Runner(Protocol):
+    """`run` returns when the step is over: peers may read what it computed."""
+
     def run(self, plan: StepPlan) -> list[Drawn | str]: ...
 
 
@@ -53,6 +64,7 @@ class Engine:
         transceiver: Transceiver,
         *,
         collect_iterations: bool = False,
+        follow_patience_s: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._link = link
@@ -61,6 +73,8 @@ class Engine:
         self._transceiver = transceiver
         self._collect_iterations = collect_iterations
         self._clock = clock
+        self._announcer = Announcer(transceiver, scheduler.limits.tokens_per_block)
+        self._following = Following(scheduler, transceiver, patience_s=follow_patience_s)
         self._fetches: dict[int, str] = {}  # fetch id -> request id
         self._tickets = 0  # open leases
         self._steps = 0
@@ -85,20 +99,23 @@ class Engine:
         """One turn of the loop; how long the next one may wait for something to happen, in seconds."""
         started = self._clock()
         self._poll_transceiver(started)
+        followed = self._following.step(started)
         plan = self._scheduler.plan(started)
         for fetch in plan.fetches:
             ticket = fetch.sequence.request.ticket
             assert ticket is not None
             fetch_id = self._transceiver.fetch(ticket, fetch.source_indices, fetch.destination_blocks)
             self._fetches[fetch_id] = fetch.sequence.id
-        events = plan.events
+        events = [*followed, *plan.events]
         if plan.chunks:
-            events = [*events, *self._compute(plan)]
-        self._send(events, plan, started)
-        if plan.chunks or plan.events:
+            events += self._compute(plan)
+        self._send(events, plan, started)  # a first token to its client before all else
+        for event in events:
+            self._announcer.note(event)
+        if plan.chunks or events:
             self._checked = False
             return 0.0
-        if self._scheduler.has_work or self._fetches or self._tickets:
+        if self._scheduler.has_work or self._fetches or self._tickets or len(self._following):
             return _BLOCKED_WAIT_S
         self._check_once_idle()
         return _IDLE_WAIT_S
@@ -108,15 +125,20 @@ class Engine:
             return
         self._checked = True
         try:
-            self._scheduler.check()
+            self._scheduler.check(self._following.held_blocks)
         except AssertionError:
             log.exception("KV blocks are not conserved: please report this")
 
     def _take(self, message: ToEngine) -> None:
         match message:
-            case Submit():
+            case Submit(owner="", handover_key=key):
+                if key:
+                    self._announcer.add(message)
                 self._scheduler.add(message, self._clock())
+            case Submit():
+                self._following.add(message, self._clock())
             case Abort():
+                self._following.abort(message.request_id)
                 self._scheduler.abort(message.request_id)
                 for fetch_id, request_id in self._fetches.items():
                     if request_id == message.request_id:
@@ -131,6 +153,10 @@ class Engine:
     def _poll_transceiver(self, now: float) -> None:
         for event in self._transceiver.poll(now):
             match event:
+                case PrefillProgress() | PrefillHanded() | FollowEnded():
+                    self._following.take(event, now)
+                case FetchDone() | FetchFailed() if self._following.is_ours(event.fetch_id):
+                    self._following.fetched(event.fetch_id, failure=getattr(event, "message", None))
                 case FetchDone():
                     request_id = self._fetches.pop(event.fetch_id)
                     times = SequenceTimes(
@@ -152,9 +178,11 @@ class Engine:
                     self._scheduler.unlease(event.block_ids)
 
     def _compute(self, plan: StepPlan) -> Iterator[TokenEvent]:
+        self._announcer.tell(plan.chunks)
         drawn = self._runner.run(plan)
         commit: Commit = self._scheduler.commit(plan, drawn, self._clock())
         self._steps += 1
+        self._announcer.tell(plan.chunks)
         yield from commit.events
         for offer in commit.offers:
             yield self._offer(offer)
@@ -207,6 +235,8 @@ class Engine:
             leases_expired=transfers.leases_ended.get("expired", 0),
             queued_fetches=transfers.queued_fetches,
             links=transfers.links,
+            handovers=self._following.num_handed_over,
+            blocks_ahead=self._following.num_blocks_ahead,
             iteration=iteration_stats(
                 plan, scheduler, self._steps, planned_at=started, latency_s=now - started
             )

@@ -136,6 +136,7 @@ def _build(settings: EngineSettings, link: EngineLink) -> "Engine":
         ModelRunner(model, Sampler(eos)),
         transceiver,
         collect_iterations=settings.iteration_stats,
+        follow_patience_s=settings.kv_transfer_timeout_s,
     )
     link.send(
         EngineReady(
@@ -149,6 +150,7 @@ def _build(settings: EngineSettings, link: EngineLink) -> "Engine":
             device=settings.device,
             max_batch_size=settings.max_batch_size,
             kv_peer=encode_rank(transceiver.describe()),
+            kv_endpoint=transceiver.endpoint,
             kernel=model.kernel_name,
             load_s=time.monotonic() - started,
         )

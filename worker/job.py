@@ -120,7 +120,11 @@ class Job:
             batch = []
             for event in events:
                 choice = self._open.get(event.request_id)
-                if choice is not None:
+                if choice is None:
+                    continue
+                if event.handed_over:
+                    self._take_over(choice, event)
+                else:
                     batch.append((choice, self._feed(choice, event)))
             if due := interval.add(batch):
                 yield due
@@ -207,8 +211,12 @@ class Job:
             timeout_s=self._timeout_s,
             cache_salt=request.cache_salt,
         )
-        if self._leg is not None and self._leg.request_type == "generation_only":
+        if self._leg is None:
+            return Choice(index, prompt, text, submit)
+        owner = self._leg.followed_owner()
+        if self._leg.request_type == "generation_only" and not owner:
             return self._continued(index, prompt, text, submit, self._leg.of_choice(index))
+        submit = msgspec.structs.replace(submit, owner=owner, handover_key=self._leg.handover_key(index))
         return Choice(index, prompt, text, submit)
 
     def _continued(
@@ -265,6 +273,16 @@ class Job:
         except asyncio.TimeoutError:
             raise DeadlineExceeded(f"no answer from the engine within {self._timeout_s:g} s") from None
 
+    def _take_over(self, choice: Choice, event: TokenEvent) -> None:
+        """The tokens of the context leg, which prints them: as if they had come with the request."""
+        assert choice.submit is not None
+        choice.submit = msgspec.structs.replace(choice.submit, output_token_ids=event.token_ids)
+        choice.cached_tokens = event.num_cached_tokens or 0
+        choice.text.feed(event)
+        if choice.is_done:
+            del self._open[event.request_id]
+            self._service.engine.abort(event.request_id)
+
     def _feed(self, choice: Choice, event: TokenEvent) -> Delta:
         if event.error is not None:
             del self._open[event.request_id]
@@ -317,6 +335,7 @@ class Job:
         wire_s = min(times.wire_s, times.fetch_s)
         self._timeline.mark_split(
             [
+                *([("follow", times.follow_s)] if times.follow_s else []),
                 ("queue", times.queue_s),
                 ("fetch", times.fetch_s - wire_s),
                 ("wire", wire_s),
@@ -330,6 +349,7 @@ class Job:
         self._service.perf.append(
             {
                 "request_id": self.request_id,
+                "follow_s": times.follow_s,
                 "queue_s": times.queue_s,
                 "fetch_s": times.fetch_s,
                 "wire_s": times.wire_s,
@@ -337,6 +357,8 @@ class Job:
                 "transport": times.transport,
                 "prefill_s": times.prefill_s,
                 "first_token_s": self._timeline.total_s,
+                "ready_at": times.ready_at,
+                "drawn_at": times.drawn_at,
             }
         )
 

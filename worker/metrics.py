@@ -99,6 +99,8 @@ class _EngineCollector(Collector):
             "diptych_kv_fetch_bytes": stats.fetch_bytes,
             "diptych_kv_fetch_seconds": stats.fetch_s,
             "diptych_kv_leases_expired": stats.leases_expired,
+            "diptych_handovers": stats.handovers,
+            "diptych_kv_blocks_fetched_ahead": stats.blocks_ahead,
         }
         for name, value in counters.items():
             yield self._counter(name, value)

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from diptych.worker.sampler import Row, Sampler, token_logprobs
 from diptych.worker.scheduler import Chunk, Drawn, StepPlan
@@ -27,7 +28,11 @@ class ModelRunner:
             if chunk.num_telling:
                 tell_prompt(chunk, logits[at : at + chunk.num_telling])
                 at += chunk.num_telling
-        return self._sampler.sample(logits[: len(rows)], rows) if rows else []
+        if rows:
+            return self._sampler.sample(logits[: len(rows)], rows)
+        if logits.is_cuda:
+            torch.cuda.current_stream(logits.device).synchronize()  # nothing else waits for this step
+        return []
 
 
 def tell_prompt(chunk: Chunk, logits: "Tensor") -> None:

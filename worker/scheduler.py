@@ -108,9 +108,13 @@ class Scheduler:
 
     # What happened
 
-    def add(self, request: Submit, now: float) -> None:
-        """Queue one sequence. What can never run ends at once with an error event."""
-        sequence = Sequence(request, now)
+    def add(self, request: Submit, now: float, *, arrival: float | None = None) -> None:
+        """Queue one sequence. What can never run ends at once with an error event.
+
+        `arrival`: what its deadline counts from, when that is not `now`.
+        """
+        sequence = Sequence(request, now if arrival is None else arrival)
+        sequence.queued_at = now
         try:
             self._validate(sequence)
         except DiptychError as error:
@@ -168,6 +172,11 @@ class Scheduler:
     def num_fetching(self) -> int:
         return len(self._fetching)
 
+    @property
+    def num_spare_blocks(self) -> int:
+        """Blocks that nobody waits for and no admitted sequence will need."""
+        return 0 if self._waiting else max(0, self.pool.num_available - self._promised())
+
     def plan(self, now: float) -> StepPlan:
         self._expire(now)
         chunks: list[Chunk] = []
@@ -193,10 +202,10 @@ class Scheduler:
         ended, self._ended = self._ended, []
         return Commit(events + ended, offers)
 
-    def check(self) -> None:
-        """Raise AssertionError unless blocks are conserved and owned as the sequences say."""
+    def check(self, others: SequenceOf[int] = ()) -> None:
+        """Raise AssertionError unless blocks are conserved and owned as the sequences say, or by `others`."""
         self.pool.check()
-        held: dict[int, int] = {}
+        held = dict.fromkeys(others, 1)
         for sequence in (*self._waiting.values(), *self._fetching.values(), *self._running.values()):
             for block in sequence.blocks:
                 held[block] = held.get(block, 0) + 1
@@ -235,10 +244,7 @@ class Scheduler:
 
     def _admit(self, chunks: list[Chunk], budget: int, now: float) -> list[Fetch]:
         fetches: list[Fetch] = []
-        promised = sum(
-            self._max_blocks(sequence) - len(sequence.blocks)
-            for sequence in (*self._running.values(), *self._fetching.values())
-        )
+        promised = self._promised()
         for sequence in list(self._waiting.values()):
             if len(self._running) + len(self._fetching) >= self.limits.max_batch_size:
                 break
@@ -256,6 +262,13 @@ class Scheduler:
                 continue
             budget = self._plan_chunk(sequence, chunks, budget)
         return fetches
+
+    def _promised(self) -> int:
+        """Blocks that the admitted sequences can still ask for."""
+        return sum(
+            self._max_blocks(sequence) - len(sequence.blocks)
+            for sequence in (*self._running.values(), *self._fetching.values())
+        )
 
     def _match(self, sequence: Sequence) -> list[int]:
         """Cached blocks of the sequence's prefix. One known token must be left to compute."""
@@ -369,12 +382,8 @@ class Scheduler:
         size = self.limits.tokens_per_block
         sequence.extend_hashes(size, sequence.num_computed)
         for index in range(sequence.num_published, sequence.num_computed // size):
+            publish_block(self.pool, sequence, index, sequence.blocks[index], size)
             block_hash = sequence.hashes[index]
-            is_new = self.pool.publish(sequence.blocks[index], block_hash)
-            recorder = self.pool.recorder
-            if is_new and recorder is not None and recorder.with_tokens:
-                tokens = sequence.tokens[index * size : (index + 1) * size]
-                recorder.describe(block_hash, sequence.parent_hash(index), tokens)
             if self._computing.get(block_hash) is sequence:
                 del self._computing[block_hash]
         sequence.num_published = max(sequence.num_published, sequence.num_computed // size)
@@ -482,17 +491,30 @@ class Scheduler:
         return request_id in self._fetching
 
 
+def publish_block(pool: BlockPool, sequence: Sequence, index: int, block: int, tokens_per_block: int) -> None:
+    """`block` holds the KV of the sequence's full block number `index`: others may use it from now on."""
+    block_hash = sequence.hashes[index]
+    is_new = pool.publish(block, block_hash)
+    recorder = pool.recorder
+    if is_new and recorder is not None and recorder.with_tokens:
+        tokens = sequence.tokens[index * tokens_per_block : (index + 1) * tokens_per_block]
+        recorder.describe(block_hash, sequence.parent_hash(index), tokens)
+
+
 def _times(sequence: Sequence, now: float) -> SequenceTimes:
     scheduled = now if sequence.scheduled_at is None else sequence.scheduled_at
     ready = scheduled if sequence.fetched_at is None else sequence.fetched_at
     fetch = sequence.fetch_times
     return SequenceTimes(
-        queue_s=scheduled - sequence.arrival,
+        follow_s=sequence.queued_at - sequence.arrival,
+        queue_s=scheduled - sequence.queued_at,
         fetch_s=ready - scheduled,
         prefill_s=now - ready,
         wire_s=fetch.wire_s if fetch else 0.0,
         wire_bytes=fetch.wire_bytes if fetch else 0,
         transport=fetch.transport if fetch else "",
+        ready_at=ready,
+        drawn_at=now,
     )
 
 

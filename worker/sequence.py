@@ -29,6 +29,7 @@ class Sequence:
 
     request: Submit
     arrival: float  # the scheduler's clock, seconds
+    queued_at: float = field(init=False)  # later than `arrival` when its prefill had to be waited for
     tokens: list[int] = field(init=False)
     status: Status = Status.WAITING
     num_computed: int = 0
@@ -44,6 +45,7 @@ class Sequence:
     prompt_logprobs: list[Logprob] = field(default_factory=list)  # the runner adds those of each chunk
 
     def __post_init__(self) -> None:
+        self.queued_at = self.arrival
         self.tokens = [*self.request.prompt_token_ids, *self.request.output_token_ids]
         self.use_ticket = self.request.ticket is not None
 
@@ -75,6 +77,10 @@ class Sequence:
         timeout_s = self.request.timeout_s
         return None if timeout_s is None else self.arrival + timeout_s
 
+    def content_hash(self) -> bytes:
+        """Of the whole prompt: what two engines compare before one takes the other's KV for it."""
+        return content_hash(self.request.prompt_token_ids, self.request.cache_salt)
+
     def parent_hash(self, index: int) -> bytes:
         """What the hash of the block at `index` builds on."""
         return self.hashes[index - 1] if index else first_parent(self.request.cache_salt)
@@ -86,3 +92,7 @@ class Sequence:
             if end > num_tokens:
                 break
             self.hashes.append(hash_block(self.parent_hash(len(self.hashes)), self.tokens[start:end]))
+
+
+def content_hash(prompt_token_ids: list[int], cache_salt: str) -> bytes:
+    return hash_block(first_parent(cache_salt), prompt_token_ids)

@@ -211,6 +211,7 @@ class WorkerService:
             "incarnation": self.incarnation,
             "state": self.state,
             "layout": self.layout,
+            "kv_endpoint": ready.kv_endpoint if ready else "",
             "kernel": ready.kernel if ready else "",
             "max_seq_len": ready.max_seq_len if ready else 0,
             "max_batch_size": self._max_batch_size,

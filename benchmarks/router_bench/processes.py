@@ -32,13 +32,21 @@ class Process:
     """Use as ``with``: running and answering GET `path` inside, gone after it."""
 
     def __init__(
-        self, command: list[str], *, port: int, log: Path, path: str = "/health", environment: dict[str, str]
+        self,
+        command: list[str],
+        *,
+        port: int,
+        log: Path,
+        path: str = "/health",
+        environment: dict[str, str],
+        start_s: float = _START_S,
     ) -> None:
         self._command = command
         self._port = port
         self._log = log
         self._path = path
         self._environment = {**os.environ, **environment}
+        self._start_s = start_s
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> "Process":
@@ -73,7 +81,7 @@ class Process:
 
     def _wait_until_it_answers(self) -> None:
         assert self._process is not None
-        deadline = time.monotonic() + _START_S
+        deadline = time.monotonic() + self._start_s
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 break
@@ -83,7 +91,9 @@ class Process:
             except (OSError, urllib.error.URLError):
                 time.sleep(0.05)
         tail = self._log.read_text(errors="replace")[-2000:]
-        raise RuntimeError(f"{self._command[0]} did not start within {_START_S:g} s; its log ends: {tail}")
+        raise RuntimeError(
+            f"{self._command[0]} did not start within {self._start_s:g} s; its log ends: {tail}"
+        )
 
     def _stop(self) -> None:
         assert self._process is not None

@@ -147,8 +147,6 @@ def disagg_config(
         settings["disagg_cluster"] = cluster_section(settings["disagg_cluster"], source, notices)
     for role in ("context_servers", "generation_servers"):
         settings[role] = _section(data.get(role), role, inherited, settings, source, notices)
-    if settings.get("schedule_style") == "generation_first":
-        notices.warn(f"{source}: schedule_style generation_first runs as context_first in this version")
     settings |= overrides or {}
     api_keys = read_api_keys(settings.pop("api_keys", None), source=source)
     config = replace(decode(settings, DisaggConfig, source=source), api_keys=api_keys)

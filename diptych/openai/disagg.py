@@ -9,6 +9,8 @@ import msgspec
 from diptych.errors import InvalidRequest
 from diptych.wire import FinishReason, Logprob, RequestType
 
+_MAX_KEY_CHARS = 128
+
 
 class DisaggregatedParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Of a request, or of one choice. Fields we do not know are ignored: the other leg may be newer.
@@ -38,6 +40,18 @@ class DisaggregatedParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaul
     schedule_style: str | int | None = None
     conversation_id: str | None = None
     choices: list["DisaggregatedParams"] | None = None
+
+    def handover_key(self, index: int) -> str:
+        """What both legs call the prefill of one choice; empty when the generation leg does not follow it."""
+        request_id = str(self.disagg_request_id or "")
+        if self.schedule_style != "generation_first" or self.request_type == "context_and_generation":
+            return ""
+        return f"{request_id}/{index}" if 0 < len(request_id) <= _MAX_KEY_CHARS else ""
+
+    def followed_owner(self) -> str:
+        """Of a generation leg that was sent together with its context leg; empty for others."""
+        follows = self.request_type == "generation_only" and self.handover_key(0)
+        return self.ctx_info_endpoint if follows and isinstance(self.ctx_info_endpoint, str) else ""
 
     def of_choice(self, index: int) -> "DisaggregatedParams":
         """One choice's own; TensorRT-LLM's flat form is that of the only choice."""

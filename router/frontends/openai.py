@@ -58,8 +58,18 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
             lines += f"traceparent: {self.traceparent}\r\n"
         return lines.encode()
 
-    def context_body(self) -> bytes:
-        return self._body(self._params("context_only"), self.prompt_token_ids)
+    def context_body(self, *, followed: bool = False) -> bytes:
+        """`followed`: the generation leg is under way, too."""
+        params = self._params("context_only")
+        if followed:
+            params["schedule_style"] = "generation_first"
+        return self._body(params, self.prompt_token_ids)
+
+    def early_body(self, kv_endpoint: str) -> bytes:
+        """For a generation worker that gets first token and KV from the context worker there."""
+        params = self._params("generation_only")
+        params |= {"schedule_style": "generation_first", "ctx_info_endpoint": kv_endpoint}
+        return self._body(params, self.prompt_token_ids)
 
     def generation_body(self, prefill: "Prefill") -> bytes:
         params = self._params("generation_only")

@@ -101,19 +101,25 @@ async def ask_streaming(server, path, body):
     return choices, usage
 
 
-@pytest.mark.parametrize("case", CASES)
-async def test_whole_answers_are_equal(servers, case):
-    path, body = CASES[case]
-    assert await ask(servers["router_shm"], path, body) == await ask(servers["aggregated"], path, body)
+@pytest.fixture(params=["context_first", "generation_first"])
+def apart(servers, request):
+    """A router with two workers behind it."""
+    return servers["router_shm" if request.param == "context_first" else "router_early"]
 
 
 @pytest.mark.parametrize("case", CASES)
-async def test_streams_are_equal_and_say_what_the_whole_answer_says(servers, case):
+async def test_whole_answers_are_equal(servers, apart, case):
     path, body = CASES[case]
-    apart = await ask_streaming(servers["router_shm"], path, body)
+    assert await ask(apart, path, body) == await ask(servers["aggregated"], path, body)
+
+
+@pytest.mark.parametrize("case", CASES)
+async def test_streams_are_equal_and_say_what_the_whole_answer_says(servers, apart, case):
+    path, body = CASES[case]
+    separate = await ask_streaming(apart, path, body)
     together = await ask_streaming(servers["aggregated"], path, body)
     whole = await ask(servers["aggregated"], path, body)
-    for choices, usage in (apart, together):
+    for choices, usage in (separate, together):
         assert usage == whole["usage"]
         for choice in whole["choices"]:
             streamed = choices[choice["index"]]

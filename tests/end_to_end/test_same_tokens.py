@@ -84,6 +84,19 @@ async def test_disaggregated_equals_aggregated(servers, expected, transport, tog
     assert servers[transport].metric("diptych_kv_fetches_total") == before + len(REQUESTS)
 
 
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "batched"])
+async def test_generation_first_equals_aggregated(servers, expected, together):
+    worker, router = servers["shm"], servers["router_early"]
+    handovers, ahead = (
+        worker.metric("diptych_handovers_total"),
+        worker.metric("diptych_kv_blocks_fetched_ahead_total"),
+    )
+    assert await all_tokens(router.url, together=together) == expected
+    assert worker.metric("diptych_handovers_total") == handovers + len(REQUESTS)
+    assert worker.metric("diptych_kv_blocks_fetched_ahead_total") > ahead
+    assert router.metric("gen_retry_requests_total") == 0
+
+
 async def test_batched_equals_alone(servers, expected):
     assert await all_tokens(servers["aggregated"].url, together=True) == expected
 

@@ -62,6 +62,7 @@ class FakeWorker:
         self.port = 0
         self.has_server_info = True
         self.incarnation = "1"
+        self.kv_endpoint = ""  # where its prefills can be followed
         self.hangs = False  # new requests and probes are not answered
         self._changed = asyncio.Condition()
         self._runner: web.AppRunner | None = None
@@ -121,6 +122,7 @@ class FakeWorker:
                 "state": self.script.state,
                 "layout": {},
                 "kernel": "fake",
+                "kv_endpoint": self.kv_endpoint,
                 "version": "0",
             }
         )
@@ -238,7 +240,8 @@ class FakeWorker:
             await asyncio.Event().wait()
         skip = 0
         if seen.leg == "generation":
-            skip = len(seen.body["disaggregated_params"]["choices"][0]["first_gen_tokens"])
+            choices = seen.body["disaggregated_params"].get("choices")  # an early leg has none yet
+            skip = 1 if choices is None else len(choices[0]["first_gen_tokens"])
         for number, text in enumerate(self.script.tokens[skip:], start=skip):
             if number in self.script.hold_after:
                 await self.script.hold_after[number].wait()

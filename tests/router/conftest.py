@@ -38,6 +38,7 @@ class Config:
     generation_servers: Section = field(default_factory=Section)
     model: str | None = None
     conditional_disagg_config: ConditionalDisagg | None = None
+    schedule_style: str = "context_first"
     max_retries: int = 1
     request_timeout_s: float = 20.0
     server_start_timeout_s: float = 20.0

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from diptych.wire import Logprob, SamplingParams, SequenceTimes, Submit, TokenEvent
@@ -40,6 +41,7 @@ class Simulation:
     fetches: list[Fetch] = field(default_factory=list)
     leases: list[list[int]] = field(default_factory=list)
     telling: list[int] = field(default_factory=list)  # rows of each step that told of a prompt
+    held_elsewhere: Callable[[], list[int]] = list  # active blocks that belong to no sequence
 
     def __post_init__(self) -> None:
         limits = SchedulerLimits(
@@ -93,17 +95,19 @@ class Simulation:
         for offer in commit.offers:
             self.leases.append(offer.blocks)
             self._collect([offer.event])
-        self.scheduler.check()
+        self.scheduler.check(self.held_elsewhere())
         return len(plan.chunks)
 
     def land(self, fetch: Fetch) -> None:
         """The copy arrived: write the KV that the context worker would have computed."""
-        tokens = fetch.sequence.request.prompt_token_ids
-        for index, block in zip(fetch.source_indices, fetch.destination_blocks, strict=True):
+        self.write(fetch.sequence.request.prompt_token_ids, fetch.source_indices, fetch.destination_blocks)
+        self.scheduler.fetch_done(fetch.sequence.id, SequenceTimes(), self.now)
+
+    def write(self, tokens: list[int], indices: Iterable[int], blocks: Iterable[int]) -> None:
+        for index, block in zip(indices, blocks, strict=True):
             start = index * self.tokens_per_block
             for slot, position in enumerate(range(start, min(start + self.tokens_per_block, len(tokens)))):
                 self.kv[block][slot] = prefix_digest(tokens[: position + 1])
-        self.scheduler.fetch_done(fetch.sequence.id, SequenceTimes(), self.now)
 
     def fail(self, fetch: Fetch) -> None:
         self.scheduler.fetch_failed(fetch.sequence.id, SequenceTimes(), self.now)
