@@ -21,7 +21,8 @@ from diptych.router.downstream import Answered, Downstream
 from diptych.router.exchange import Exchange, Reply
 from diptych.router.frontends.openai import Call, Prefill
 from diptych.router.leg import Leg, is_late, left
-from diptych.router.pool import Pool, WorkerView
+from diptych.router.pool import Pool
+from diptych.router.worker_view import WorkerView
 
 _log = logging.getLogger(__name__)
 
