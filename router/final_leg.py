@@ -22,12 +22,12 @@ from diptych.router.early_leg import EarlyLeg
 from diptych.router.exchange import Exchange, Reply
 from diptych.router.frontends.openai import Call, Prefill
 from diptych.router.leg import Leg, is_late, left
-from diptych.router.pool import Pool, WorkerView
+from diptych.router.pool import Pool
+from diptych.router.worker_view import WorkerView
 
 _log = logging.getLogger(__name__)
 
-_ELSEWHERE = {500, 502, 503}  # statuses that another worker may do better
-_ELSEWHERE_ONCE_BEGUN = {*_ELSEWHERE, 429}  # a client that has tokens cannot be told to come later
+_ELSEWHERE = {429, 500, 502, 503}  # statuses that another worker may do better
 
 # Workers to try, none of the given ones; each that is given out is added to them.
 ChooseWorkers = Callable[[set[str]], Iterator[WorkerView]]
@@ -134,8 +134,7 @@ class FinalLeg:
                     response = await client.finish(left(call))
                 else:
                     reply = Reply(exchange.head, await exchange.read())
-                    elsewhere = _ELSEWHERE_ONCE_BEGUN if client.started else _ELSEWHERE
-                    if reply.status in elsewhere or (early is not None and reply.status != HTTPStatus.OK):
+                    if reply.status in _ELSEWHERE or (early is not None and reply.status != HTTPStatus.OK):
                         self._leg.note_refusal(call, worker, reply)
                         return reply
                     client.add_timing(reply.head.text("server-timing"))

@@ -70,8 +70,10 @@ async def test_registry_adds_changes_and_removes(context, spare_context):
         assert await pool.wait_until(lambda pool: ids(pool.ready("CONTEXT")) == ["c0", "c1"], 5.0)
         await first.update(info(context, state="DRAINING"))
         assert await pool.wait_until(lambda pool: ids(pool.ready("CONTEXT")) == ["c1"], 5.0)
+        spare_context.script.state = "DRAINING"
         await second.close()
         assert await pool.wait_until(lambda pool: ids(pool.workers) == ["c0"], 5.0)
+        spare_context.script.state = "READY"
         await first.update(info(context, url=spare_context.url))
         assert await pool.wait_until(lambda pool: ids(pool.ready("CONTEXT")) == ["c0"], 5.0)
         assert pool.workers[0].client.url == spare_context.url
