@@ -212,7 +212,13 @@ def drain(worker: str, **options: Any) -> None:
 )
 @option("--shape", type=click.Choice(["8b", "135m"]), help="Shape of the KV [8b on GPUs, 135m else].")
 @option("--tokens", "-n", multiple=True, type=click.IntRange(min=1), help="Length; repeatable.")
-@option("--transport", "transports", multiple=True, help="shm, cuda_ipc or tcp; repeatable [all].")
+@option(
+    "--transport",
+    "transports",
+    multiple=True,
+    help="shm, cuda_ipc, tcp, nixl or ucx; repeatable [all that are installed].",
+)
+@option("--per_layer", is_flag=True, help="Also with a pool that keeps each layer of a block elsewhere.")
 @option("--rounds", type=click.IntRange(min=1), default=9, show_default=True)
 @option("--output", "-o", type=click.Path(path_type=Path), help="JSON file for the figures.")
 @option("--plot", type=click.Path(path_type=Path), help="PNG file for a plot.")

@@ -24,8 +24,10 @@ DOORS = {
     "torch": ("worker/", "transceiver/", "kernels/"),
     "flashinfer": ("kernels/",),
     "triton": ("kernels/",),
-    "nixl": ("transceiver/nixl.py",),
-    "ucxx": ("transceiver/ucx.py",),
+    "nixl": (),  # by name, in transceiver/packages.py
+    "nixl_cu13": (),
+    "nixl_cu12": (),
+    "ucxx": (),
 }
 
 

@@ -65,6 +65,12 @@ class Connection:
         poll.register(self._socket, select.POLLIN)
         return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
 
+    def hung_up(self) -> bool:
+        """The peer has closed; what it had sent may still be here."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLRDHUP)
+        return bool(poll.poll(0))
+
     def fileno(self) -> int:
         return self._socket.fileno()
 

@@ -6,7 +6,6 @@ Whose memory it is, and whether blocks were reused meanwhile, the owner's pool f
 process need see only its own GPU. A mapping is closed when its owner is gone and no copy reads it any more.
 """
 
-import ctypes
 import logging
 import os
 import threading
@@ -27,6 +26,7 @@ from diptych.transceiver.plan import CopyPlan
 from diptych.transceiver.pool import DigestKind, Digests, Generations, KvPool
 from diptych.transceiver.pool_memory import PoolView
 from diptych.transceiver.stop import Stop
+from diptych.transceiver.timer import sharpen_timer
 from diptych.transceiver.transport import (
     Landed,
     TransferState,
@@ -39,8 +39,6 @@ log = logging.getLogger(__name__)
 
 _POLL_S = 20e-6
 _PROBE_BYTES = 64 << 20
-_PR_SET_TIMERSLACK = 29
-_TIMER_SLACK_NS = 1000
 
 _REMEDIES = {
     "CUDA_ERROR_PEER_ACCESS_UNSUPPORTED": "put both workers on GPUs that `nvidia-smi topo -p2p r` shows as OK",
@@ -158,14 +156,14 @@ class CudaIpcTransport:
             raise Unreachable(
                 f"its blocks would be cut into pieces that are no multiple of {ALIGN_BYTES} bytes"
             )
-        _sharpen_timer()
+        sharpen_timer()
         return self._transfer(peer, self._memory.tensor, plan, stop, digest=digest_kind is not None)
 
     def measure(self, peer: CudaIpcPeer, stop: Stop) -> float:
         assert self._copier is not None, "measure before register"
         plan = probe_plan(peer.view.identity, _PROBE_BYTES)
         scratch = self._copier.scratch(plan.num_bytes)
-        _sharpen_timer()
+        sharpen_timer()
         best = 0.0
         for _ in range(3):  # the first one pays for page tables
             transfer = self._transfer(peer, scratch, plan, stop, digest=False)
@@ -240,8 +238,3 @@ def _close(driver: CudaDriver, pointer: int) -> None:
         driver.close(pointer)
     except DriverError as error:
         log.debug("a peer's GPU memory was gone before it was closed: %s", error)
-
-
-def _sharpen_timer() -> None:
-    """This thread's short sleeps last as long as they say, not 50 microseconds more."""
-    ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, _TIMER_SLACK_NS, 0, 0, 0)

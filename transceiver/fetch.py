@@ -1,12 +1,15 @@
 """One fetch from its ticket to its event: for each rank of the owner choose a transport, copy, verify, tell it.
 
+The copies from all ranks are started before the first one is waited for.
+
 Runs on a background thread and may block there until the fetch's deadline. Knows transports only through
 their protocol, and nothing of threads, queues or the engine that waits for the event.
 """
 
+import contextlib
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from diptych.errors import TransferError
@@ -18,6 +21,7 @@ from diptych.transceiver.link import Link
 from diptych.transceiver.meter import Meter
 from diptych.transceiver.owners import Part, choose_parts
 from diptych.transceiver.plan import CopyPlan, plan_copy
+from diptych.transceiver.pool import DigestKind
 from diptych.transceiver.routes import Routes
 from diptych.transceiver.settings import FetchDone
 from diptych.transceiver.stop import Stop
@@ -35,29 +39,34 @@ class Fetch:
     destination_blocks: tuple[int, ...]
     stop: Stop
     started_at: float = field(default_factory=time.monotonic)
-    transfer: Transfer | None = None
     begun: bool = False  # the owner has been told
 
     def abort(self) -> None:
+        """Every copy of it looks at the stop."""
         self.stop.abort()
-        transfer = self.transfer
-        if transfer is not None:
-            transfer.abort()
 
 
-@dataclass(slots=True)
-class Copied:
-    """What a fetch has copied so far, from all ranks together."""
+@dataclass(slots=True, eq=False)
+class _Copy:
+    """One rank's part of a fetch. `transfer` is there from its start until it has been waited for."""
 
-    bytes: int = 0
+    rank: OwnerRank
+    plan: CopyPlan
+    untried: Iterator[str]  # transports
+    name: str = ""
+    transfer: Transfer | None = None
+    kind: DigestKind | None = None
+    on_host: LandedDigests | None = None
     wire_s: float = 0.0
-    transports: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)  # why others than `name` do not serve
+    failures: list[TransferError] = field(default_factory=list)
 
-    def add(self, name: str, transfer: Transfer) -> None:
-        self.bytes += transfer.bytes
-        self.wire_s += transfer.seconds
-        if name not in self.transports:
-            self.transports.append(name)
+    def note(self, error: TransferError) -> None:
+        """What a transport could not do, the next one may; doubt about the bytes is final."""
+        if error.code != "peer_gone":
+            raise error
+        self.reasons.append(f"{self.name}: {error.message}")
+        self.failures.append(error)
 
 
 class Fetcher:
@@ -89,22 +98,23 @@ class Fetcher:
         """Raises TransferError; either way the copy has let go of the destination."""
         ticket = tickets.decode(fetch.ticket)
         complete = False
-        copied = Copied()
+        copies: list[_Copy] = []
         try:
             plans = [
                 (rank, self._plan(fetch, ticket, rank, part)) for rank, part in self._parts(ticket.owners)
             ]
-            for rank, plan in plans if fetch.destination_blocks else ():
-                self._fetch(fetch, ticket, rank, plan, copied)
+            if fetch.destination_blocks:
+                copies = [_Copy(rank, plan, iter(self._routes.order(rank))) for rank, plan in plans]
+            wire_s = self._copy_all(fetch, ticket, copies)
             complete = True
         finally:
             self._finish(fetch, ticket, complete=complete)
         return FetchDone(
             fetch.fetch_id,
-            copied.bytes,
-            copied.wire_s,
+            sum(copy.plan.num_bytes for copy in copies),
+            wire_s,
             time.monotonic() - fetch.started_at,
-            "+".join(copied.transports),
+            "+".join(dict.fromkeys(copy.name for copy in copies)),
         )
 
     def decline(self, fetch: Fetch) -> None:
@@ -141,60 +151,66 @@ class Fetcher:
             part=part,
         )
 
-    def _fetch(self, fetch: Fetch, ticket: Ticket, rank: OwnerRank, plan: CopyPlan, copied: Copied) -> None:
-        failures: list[TransferError] = []
-        reasons: list[str] = []
-        for name in self._routes.order(rank):
+    def _copy_all(self, fetch: Fetch, ticket: Ticket, copies: Sequence[_Copy]) -> float:
+        """Seconds spent copying; of several copies at the same time, from the first one's start to the last end."""
+        started_at = time.monotonic()
+        try:
+            for copy in copies:
+                self._start(fetch, copy)
+            # Only now: the thread that tells the owner would hold up the start of a copy.
+            self._begin(fetch, ticket)
+            for copy in copies:
+                self._complete(fetch, ticket, copy)
+        finally:
+            for copy in copies:
+                _let_go(copy)
+        return time.monotonic() - started_at if len(copies) > 1 else sum(copy.wire_s for copy in copies)
+
+    def _start(self, fetch: Fetch, copy: _Copy) -> None:
+        """By the next transport that reaches the owner."""
+        rank = copy.rank
+        for name in copy.untried:
             fetch.stop.check()
+            copy.name = name
             try:
-                transfer = self._copy(fetch, ticket, rank, plan, self._transports[name], reasons)
+                self._start_by(self._transports[name], fetch, copy)
             except Unreachable as error:
-                reasons.append(f"{name}: {error.reason}")
+                copy.reasons.append(f"{name}: {error.reason}")
                 self._routes.detour(rank, name, error)
             except TransferError as error:
-                # What a transport could not do, the next one may; doubt about the bytes is final.
-                if error.code != "peer_gone":
-                    raise
-                reasons.append(f"{name}: {error.message}")
-                failures.append(error)
+                copy.note(error)
             else:
-                copied.add(name, transfer)
                 return
         raise TransferError(
-            f"no transport reaches {rank.host}:{rank.port}: {'; '.join(reasons) or 'none in common'}",
-            code=failures[-1].code if failures else "peer_gone",
+            f"no transport reaches {rank.host}:{rank.port}: {'; '.join(copy.reasons) or 'none in common'}",
+            code=copy.failures[-1].code if copy.failures else "peer_gone",
         )
 
-    def _copy(
-        self,
-        fetch: Fetch,
-        ticket: Ticket,
-        rank: OwnerRank,
-        plan: CopyPlan,
-        transport: Transport,
-        reasons: Sequence[str],
-    ) -> Transfer:
+    def _start_by(self, transport: Transport, fetch: Fetch, copy: _Copy) -> None:
+        rank, plan = copy.rank, copy.plan
         peer = transport.connect(rank.transports[transport.name], fetch.stop)
         kind = known_kind(rank.digest_kind) if self._verify_digest and rank.digests else None
-        on_host = LandedDigests(kind, plan.source_block_bytes) if kind and plan.whole_blocks else None
-        landed = on_host.landed if on_host else ignore_landed
-        transfer = transport.start(peer, plan, fetch.stop, landed, kind)
-        self._routes.use(rank, transport.name, peer.reason, reasons)
-        fetch.transfer = transfer
-        # Only now: the thread that tells the owner would hold up the start of a copy.
-        self._begin(fetch, ticket)
-        with self._meter.copying(rank, transport.name, transfer, fetch.started_at):
+        copy.kind = kind
+        copy.on_host = LandedDigests(kind, plan.source_block_bytes) if kind and plan.whole_blocks else None
+        landed = copy.on_host.landed if copy.on_host else ignore_landed
+        copy.transfer = transport.start(peer, plan, fetch.stop, landed, kind)
+        self._routes.use(rank, transport.name, peer.reason, copy.reasons)
+
+    def _complete(self, fetch: Fetch, ticket: Ticket, copy: _Copy) -> None:
+        """Waits and verifies; what fails by its transport is started anew by the next one."""
+        while True:
+            transfer, copy.transfer = copy.transfer, None
+            assert transfer is not None
             try:
-                transfer.wait()
-            finally:
-                fetch.transfer = None
-            require_generations(transfer.generations, [ticket.generations[i] for i in plan.positions])
-            found = transfer.digests
-            if found is None and on_host is not None:
-                found = on_host.of(plan.destination_blocks)
-            if kind is not None and found is not None:
-                require_digests(found, [rank.digests[i] for i in plan.positions], plan.complete)
-        return transfer
+                with self._meter.copying(copy.rank, copy.name, transfer, fetch.started_at):
+                    transfer.wait()
+                    _verify(ticket, copy, transfer)
+            except TransferError as error:
+                copy.note(error)
+                self._start(fetch, copy)
+            else:
+                copy.wire_s += transfer.seconds
+                return
 
     def _begin(self, fetch: Fetch, ticket: Ticket) -> None:
         """Every rank of the owner is told, once, also those that this reader takes nothing from."""
@@ -244,3 +260,22 @@ class Fetcher:
 def _leasing(ticket: Ticket) -> list[OwnerRank]:
     """The ranks that hold their blocks for this ticket, and want to hear of its fetch."""
     return [rank for rank in ticket.owners if rank.ticket_id]
+
+
+def _verify(ticket: Ticket, copy: _Copy, transfer: Transfer) -> None:
+    plan = copy.plan
+    require_generations(transfer.generations, [ticket.generations[i] for i in plan.positions])
+    found = transfer.digests
+    if found is None and copy.on_host is not None:
+        found = copy.on_host.of(plan.destination_blocks)
+    if copy.kind is not None and found is not None:
+        require_digests(found, [copy.rank.digests[i] for i in plan.positions], plan.complete)
+
+
+def _let_go(copy: _Copy) -> None:
+    """Of a copy that nobody will wait for, because another one failed: until it no longer writes."""
+    transfer, copy.transfer = copy.transfer, None
+    if transfer is not None:
+        transfer.abort()
+        with contextlib.suppress(TransferError):
+            transfer.wait()

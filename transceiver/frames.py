@@ -20,7 +20,7 @@ NONCE_BYTES = 16
 
 LENGTH = struct.Struct("<I")
 
-Kind = Literal["control", "data", "notices"]
+Kind = Literal["control", "data", "notices", "ucx", "nixl"]
 Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
 Proof = Annotated[bytes, msgspec.Meta(max_length=32)]
 TicketId = Annotated[str, msgspec.Meta(max_length=64)]
@@ -74,6 +74,26 @@ class Finish(msgspec.Struct, frozen=True, tag="finish"):
 
     ticket_id: TicketId
     complete: bool
+
+
+class Attach(msgspec.Struct, frozen=True, tag="attach"):
+    """Transports with a library of their own, reader to owner: what the owner's library must know of mine."""
+
+    data: Annotated[bytes, msgspec.Meta(max_length=MAX_FRAME_BYTES // 2)]
+
+
+class Attached(msgspec.Struct, frozen=True, tag="attached"):
+    """The owner's answer: what mine must know of its."""
+
+    data: Annotated[bytes, msgspec.Meta(max_length=MAX_FRAME_BYTES // 2)]
+
+
+class Reading(msgspec.Struct, frozen=True, tag="reading"):
+    """nixl: I read your memory from now on, until my next message."""
+
+
+class Alone(msgspec.Struct, frozen=True, tag="alone"):
+    """nixl: do nothing for anybody's reads from your Attached on, until my next message; I try to do without."""
 
 
 class Read(msgspec.Struct, frozen=True, tag="read"):
@@ -139,14 +159,18 @@ Message = (
     | Begin
     | Renew
     | Finish
-    | Read
-    | Sending
-    | Sent
     | Follow
     | Unfollow
     | Progress
     | Handed
     | Withdrawn
+    | Attach
+    | Attached
+    | Reading
+    | Alone
+    | Read
+    | Sending
+    | Sent
 )
 
 _ENCODER = msgspec.msgpack.Encoder()

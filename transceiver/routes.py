@@ -1,7 +1,8 @@
 """Which transport to try first for each owner, found out by measuring, and what the log says about it.
 
 The first fetch from an owner takes the first of the configured transports that works; meanwhile each usable one
-is measured in the background, and from then on the fastest comes first. Knows nothing of fetches.
+is measured in the background, and from then on the fastest comes first, of those that are as fast the one that
+was configured first. Knows nothing of fetches.
 """
 
 import logging
@@ -17,6 +18,7 @@ from diptych.transceiver.transport import Transport, Unreachable
 log = logging.getLogger(__name__)
 
 _MEASURE_S = 2.0  # for one transport
+_AS_FAST = 0.8  # of the fastest: less than one measurement can tell
 
 
 class Routes:
@@ -41,7 +43,11 @@ class Routes:
         common = [name for name in self._transports if name in rank.transports]
         with self._lock:
             speeds = self._speeds.get(rank.incarnation, {})
-        return sorted(common, key=lambda name: -speeds.get(name, 0.0))
+        enough = _AS_FAST * max(speeds.values(), default=0.0)
+        first = [name for name in common if speeds.get(name, 0.0) >= enough][:1]
+        return first + sorted(
+            set(common) - set(first), key=lambda name: (-speeds.get(name, 0.0), common.index(name))
+        )
 
     def use(self, rank: OwnerRank, name: str, reason: str, detours: Sequence[str]) -> None:
         """This transport reached the owner; those of `detours` did not."""

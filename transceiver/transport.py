@@ -25,6 +25,8 @@ TRANSPORTS = {
     "shm": "diptych.transceiver.shm:ShmTransport",
     "cuda_ipc": "diptych.transceiver.cuda_ipc:CudaIpcTransport",
     "tcp": "diptych.transceiver.tcp:TcpTransport",
+    "nixl": "diptych.transceiver.nixl.transport:NixlTransport",
+    "ucx": "diptych.transceiver.ucx:UcxTransport",
 }
 
 # Called as bytes land in host memory: offset in the destination pool, and the bytes there; each once, and whole

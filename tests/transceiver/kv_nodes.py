@@ -17,6 +17,7 @@ import pytest
 from diptych.kv_layout import KvLayout
 from diptych.transceiver import ticket as tickets
 from diptych.transceiver.digest import LandedDigests
+from diptych.transceiver.packages import missing_package
 from diptych.transceiver.pool import KvPool
 from diptych.transceiver.pool_memory import PoolMemory
 from diptych.transceiver.settings import FetchDone, FetchFailed, LeaseEnded, TransceiverSettings
@@ -40,6 +41,13 @@ class Way(str):
         way = cls(name)
         way.device = "cuda"
         return way
+
+
+def needs_package(transport: str) -> pytest.MarkDecorator:
+    missing = missing_package(transport)
+    return pytest.mark.skipif(
+        missing is not None, reason=f"transport {transport} is not installed: {missing}"
+    )
 
 
 def make_pool(layout: KvLayout, num_blocks: int, incarnation: str, device: str) -> KvPool:
@@ -205,8 +213,9 @@ def landings() -> list[tuple[type, str]]:
     if HAS_GPU:
         from diptych.transceiver.cuda_ipc import CudaIpcTransfer
         from diptych.transceiver.device_staging import DeviceInlet
+        from diptych.transceiver.nixl.transfer import NixlTransfer
 
-        found += [(CudaIpcTransfer, "_settle"), (DeviceInlet, "put")]
+        found += [(CudaIpcTransfer, "_settle"), (DeviceInlet, "put"), (NixlTransfer, "_land")]
     return found
 
 

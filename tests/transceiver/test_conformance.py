@@ -13,33 +13,48 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kv_nodes import HAS_GPU, LAYOUT, WIDE, Gate, Node, Way, forge
+from kv_nodes import HAS_GPU, LAYOUT, WIDE, Gate, Node, Way, forge, needs_package
 
 from diptych.kv_layout import KvLayout
-from diptych.transceiver import tcp
+from diptych.transceiver import stream
 from diptych.transceiver import ticket as tickets
 from diptych.transceiver.host_region import HostRegion
 from diptych.transceiver.settings import FetchDone, FetchFailed
+from diptych.transceiver.wires import StreamRegion
 
-REGIONS = {"shm": HostRegion, "cuda_ipc": HostRegion, "tcp": tcp.TcpRegion}
-ONE_SIDED = ("shm", "cuda_ipc")  # the owner's process takes no part
+REGIONS = {
+    "shm": HostRegion,
+    "cuda_ipc": HostRegion,
+    "tcp": StreamRegion,
+    "nixl": StreamRegion,
+    "ucx": StreamRegion,
+}
+ONE_SIDED = ("shm", "cuda_ipc")  # the owner's process takes no part at all
 WAYS = [
     Way("shm"),
     Way("tcp"),
+    *(pytest.param(Way(name), id=name, marks=needs_package(name)) for name in ("nixl", "ucx")),
     *(
         pytest.param(
             Way.on_gpu(name),
             id=f"{name} on a GPU",
-            marks=[pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="there is no GPU")],
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not HAS_GPU, reason="there is no GPU"),
+                needs_package(name),
+            ],
         )
-        for name in ("cuda_ipc", "tcp")
+        for name in ("cuda_ipc", "tcp", "nixl", "ucx")
     ),
 ]
 
 
 @pytest.fixture(params=WAYS)
 def transport(request) -> str:
-    return request.param
+    way = request.param
+    if way == "nixl" and way.device == "cuda" and "processes" not in request.fixturenames:
+        pytest.skip("UCX does not connect two pools on GPUs within one process")
+    return way
 
 
 def owner_process(processes, transport: str, layout: str = "wide", num_blocks: int = 48, **options):
@@ -115,7 +130,7 @@ def test_a_fetch_of_nothing_releases_the_ticket(nodes, transport):
 
 
 def test_more_spans_than_one_request_holds(nodes, monkeypatch, transport):
-    monkeypatch.setattr(tcp, "MAX_SPANS", 3)
+    monkeypatch.setattr(stream, "MAX_SPANS", 3)
     owner, reader = nodes(seed=1, backends=(transport,)), nodes(seed=2, backends=(transport,))
     _, ticket = owner.offer(list(range(0, 32, 2)))
     done = reader.result(reader.transceiver.fetch(ticket, range(16), range(16)))
@@ -344,8 +359,12 @@ def test_owner_stopped_in_the_middle(processes, nodes, gate: Gate, transport):
         assert isinstance(outcome, FetchDone), outcome
     else:
         assert outcome.code == "deadline"
+    reader.blocks[:] = 7  # they are somebody else's now
     owner.signal(signal.SIGCONT)
     assert owner.hear("ended") == {"ended": ticket_id, "reason": "released"}
+    again = reader.transceiver.fetch(owner.offer([3])[1], [0], [0])
+    assert isinstance(reader.result(again), FetchDone)
+    assert np.all(reader.blocks[1:] == 7), "the fetch that was given up still writes"
 
 
 def test_abort_of_a_fetch_from_a_stopped_owner(processes, nodes):

@@ -3,13 +3,15 @@
 import msgspec
 import numpy as np
 import pytest
-from kv_nodes import HAS_GPU, Way
+from kv_nodes import HAS_GPU, Way, needs_package
 
+from diptych.errors import TransferError
 from diptych.kv_layout import KvLayout
 from diptych.transceiver import ticket as tickets
 from diptych.transceiver.owners import choose_parts
 from diptych.transceiver.plan import plan_copy
 from diptych.transceiver.settings import FetchDone
+from diptych.transceiver.shm import ShmTransfer, ShmTransport
 
 WHOLE = KvLayout(num_layers=4, num_kv_heads=4, head_dim=16, tokens_per_block=8, model="tiny")
 TP2 = [
@@ -23,6 +25,7 @@ PP2 = [
 WAYS = [
     Way("shm"),
     Way("tcp"),
+    *(pytest.param(Way(name), id=name, marks=needs_package(name)) for name in ("nixl", "ucx")),
     *(
         pytest.param(
             Way.on_gpu(name),
@@ -109,3 +112,75 @@ def test_digests_of_blocks_that_are_read_whole_are_checked_though_they_are_cut(n
     failed = reading.result(reading.transceiver.fetch(ticket, range(11), range(11)))
     assert failed.code == "corrupt", failed
     assert "1 of 11 blocks" in failed.message
+
+
+@pytest.fixture
+def halves(nodes):
+    """A reader, and a ticket of two ranks that each hold half of what it wants."""
+    owning = [nodes(layout, seed=i, backends=("shm", "tcp")) for i, layout in enumerate(TP2)]
+    reader = nodes(WHOLE, num_blocks=64, seed=9, backends=("shm", "tcp"))
+    return reader, owning
+
+
+def fetch(reader, owning):
+    ticket_ids, ticket = offer(owning)
+    done = reader.result(reader.transceiver.fetch(ticket, range(len(SOURCE)), range(len(SOURCE))))
+    for node, ticket_id in zip(owning, ticket_ids, strict=True):
+        assert node.ended(ticket_id).reason == "released"
+    return done
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    made: list[str] = []
+    starting, waiting, aborting = ShmTransport.start, ShmTransfer.wait, ShmTransfer.abort
+
+    def start(self, *args):
+        made.append("start")
+        return starting(self, *args)
+
+    def wait(self) -> None:
+        made.append("wait")
+        waiting(self)
+
+    def abort(self) -> None:
+        made.append("abort")
+        aborting(self)
+
+    monkeypatch.setattr(ShmTransport, "start", start)
+    monkeypatch.setattr(ShmTransfer, "wait", wait)
+    monkeypatch.setattr(ShmTransfer, "abort", abort)
+    return made
+
+
+def test_all_ranks_copies_start_before_the_first_is_waited_for(halves, calls):
+    done = fetch(*halves)
+    assert isinstance(done, FetchDone), done
+    assert calls == ["start", "start", "wait", "wait"]
+    assert done.bytes == sum(len(SOURCE) * layout.block_bytes for layout in TP2)
+    assert 0 < done.wire_s <= done.total_s
+
+
+def test_a_copy_that_fails_takes_the_others_with_it(halves, calls):
+    reader, owning = halves
+    _, ticket = offer(owning)
+    owning[0].memory.generations[SOURCE[2]] += 1
+    owning[1].memory.generations[SOURCE[2]] += 1
+    failed = reader.result(reader.transceiver.fetch(ticket, range(len(SOURCE)), range(len(SOURCE))))
+    assert failed.code == "stale"
+    assert calls == ["start", "start", "wait", "abort", "wait"], "the second one is waited for all the same"
+
+
+def test_one_rank_may_need_another_transport(halves, calls, monkeypatch):
+    reader, owning = halves
+    waiting = ShmTransfer.wait
+
+    def wait(self) -> None:
+        if calls.count("wait"):
+            raise TransferError("its memory is gone", code="peer_gone")
+        waiting(self)
+
+    monkeypatch.setattr(ShmTransfer, "wait", wait)
+    done = fetch(reader, owning)
+    assert isinstance(done, FetchDone), done
+    assert done.transport == "shm+tcp"

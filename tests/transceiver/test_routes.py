@@ -64,6 +64,15 @@ def test_the_fastest_comes_first_once_it_is_known(caplog):
     routes.close()
 
 
+def test_what_is_as_fast_as_the_fastest_goes_by_the_order_of_the_settings():
+    routes = routes_of({"a": 1.0, "b": 9.0, "c": 10.0})
+    owner = rank("a", "b", "c")
+    routes.use(owner, "a", "it answers", [])
+    settle(routes)
+    assert routes.order(owner) == ["b", "c", "a"]
+    routes.close()
+
+
 def test_a_peer_that_left_meanwhile_is_forgotten():
     routes = routes_of({"a": 1.0, "b": 2.0})
     routes.use(rank("a", "b"), "a", "it answers", [])

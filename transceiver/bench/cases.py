@@ -34,17 +34,33 @@ class Case:
 class Suite:
     cases: tuple[Case, ...]
     layouts: dict[str, list[KvLayout]]  # of all ranks
-    num_tokens: int  # that each pool holds
 
     def num_blocks(self, layout: KvLayout) -> int:
-        return -(-self.num_tokens // layout.tokens_per_block)
+        num_tokens = max(case.tokens for case in self.cases if layout in self._layouts_of(case))
+        return -(-int(num_tokens * _SPARE) // layout.tokens_per_block)
+
+    def _layouts_of(self, case: Case) -> list[KvLayout]:
+        return self.layouts[case.owner] + self.layouts[case.reader]
 
 
-def suite(shape: str, tokens: tuple[int, ...], transports: tuple[str, ...], *, on_gpu: bool) -> Suite:
+def suite(
+    shape: str,
+    tokens: tuple[int, ...],
+    transports: tuple[str, ...],
+    *,
+    on_gpu: bool,
+    per_layer: bool = False,
+) -> Suite:
+    """`per_layer`: also a pool that keeps each layer of a block elsewhere, as most engines do."""
     whole = SHAPES.get(shape)
     if whole is None:
         raise ConfigError(f"--shape is {shape!r}, allowed are {', '.join(SHAPES)}")
-    layouts = {"TP1": [whole], "16 tokens": [msgspec.structs.replace(whole, tokens_per_block=16)]}
+    layer = msgspec.structs.replace(whole, num_layers=1)
+    layouts = {
+        "TP1": [whole],
+        "layers": [layer],
+        "16 tokens": [msgspec.structs.replace(whole, tokens_per_block=16)],
+    }
     if whole.num_kv_heads % 2 == 0:
         layouts["TP2"] = [_half(whole, rank) for rank in range(2)]
     cases: list[Case] = []
@@ -52,14 +68,15 @@ def suite(shape: str, tokens: tuple[int, ...], transports: tuple[str, ...], *, o
         for count in tokens:
             case = Case("scrambled", transport, "TP1", "TP1", count)
             cases += [case, replace(case, name="scrambled, no digest", digest=False)]
+            if per_layer:  # the same bytes; a token of a layer is a token of this pool
+                pieces = count * whole.num_layers
+                cases.append(
+                    replace(case, name="layer by layer", owner="layers", reader="layers", tokens=pieces)
+                )
             if on_gpu and transport == "cuda_ipc":
                 cases += _of_gpus(case, with_halves="TP2" in layouts)
     used = {case.owner for case in cases} | {case.reader for case in cases}
-    return Suite(
-        tuple(cases),
-        {name: ranks for name, ranks in layouts.items() if name in used},
-        int(max(tokens) * _SPARE),
-    )
+    return Suite(tuple(cases), {name: ranks for name, ranks in layouts.items() if name in used})
 
 
 def _of_gpus(case: Case, *, with_halves: bool) -> list[Case]:

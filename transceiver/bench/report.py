@@ -15,16 +15,16 @@ from diptych import __version__
 from diptych.errors import ConfigError
 from diptych.transceiver.bench.run import Row
 
-_PACKAGES = ("torch", "triton", "numpy", "msgspec", "xxhash")
+_PACKAGES = ("torch", "triton", "numpy", "msgspec", "xxhash", "nixl-cu13", "ucxx-cu13")
 
 
 def table(rows: list[Row]) -> str:
     header = (
-        f"{'transport':9s} {'case':26s} {'tokens':>6s} {'MiB':>6s} {'wire ms':>9s} {'total ms':>9s} "
+        f"{'transport':9s} {'case':26s} {'tokens':>7s} {'MiB':>6s} {'wire ms':>9s} {'total ms':>9s} "
         f"{'GB/s':>7s} {'plain':>7s} {'fraction':>8s} {'first ms':>9s} {'plain':>8s}"
     )
     lines = [
-        f"{row.transport:9s} {row.case:26s} {row.tokens:6d} {row.bytes >> 20:6d} {row.wire_ms:9.3f} "
+        f"{row.transport:9s} {row.case:26s} {row.tokens:7d} {row.bytes >> 20:6d} {row.wire_ms:9.3f} "
         f"{row.total_ms:9.3f} {row.wire_gb_s:7.1f} {row.plain_gb_s:7.1f} {row.fraction:8.3f} "
         f"{row.first_wire_ms:9.3f} {row.first_plain_ms:8.3f}"
         for row in rows

@@ -16,13 +16,18 @@ from diptych.transceiver.bench.command import BenchSettings, run
 
 def test_every_way_is_measured_and_written_down(tmp_path: Path, capsys):
     output = tmp_path / "figures" / "kv.json"
-    run(BenchSettings(device="cpu", shape="135m", tokens=(64, 40), rounds=1, output=output))
+    transports = ("shm", "tcp")
+    run(
+        BenchSettings(
+            device="cpu", shape="135m", tokens=(64, 40), transports=transports, rounds=1, output=output
+        )
+    )
 
     report = json.loads(output.read_text())
     rows = report["rows"]
     assert [(row["transport"], row["tokens"], row["digest"]) for row in rows] == [
         (transport, tokens, digest)
-        for transport in ("shm", "tcp")
+        for transport in transports
         for tokens in (40, 64)
         for digest in (True, False)
     ]
@@ -55,10 +60,22 @@ def test_gpus_also_cut_blocks_and_bound_the_programs():
     assert "TP2" not in odd.layouts  # three heads have no halves
 
 
+def test_a_pool_by_layers_moves_as_many_bytes_in_more_pieces():
+    planned = suite("135m", (64, 256), ("shm",), on_gpu=False, per_layer=True)
+    (small, large) = [case for case in planned.cases if case.name == "layer by layer"]
+    (whole,), (layer,) = planned.layouts["TP1"], planned.layouts["layers"]
+    assert (small.tokens, large.tokens) == (64 * 30, 256 * 30)
+    assert large.tokens // 32 * layer.block_bytes == 256 // 32 * whole.block_bytes
+    assert planned.num_blocks(layer) == 30 * planned.num_blocks(whole)
+
+
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ({"transports": ("nixl",)}, "--transport is nixl, allowed with device cpu are shm, tcp"),
+        (
+            {"transports": ("cuda_ipc",)},
+            "--transport is cuda_ipc, allowed with device cpu are shm, tcp, nixl, ucx",
+        ),
         ({"shape": "405b"}, "--shape is '405b', allowed are 8b, 135m"),
     ],
 )

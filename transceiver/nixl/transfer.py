@@ -1,0 +1,125 @@
+"""One copy by nixl: reads of a bounded size, a few at a time, and then the owner's word on its generations."""
+
+import time
+from collections import deque
+
+import numpy as np
+
+from diptych.errors import TransferError
+from diptych.transceiver.frames import Reading
+from diptych.transceiver.nixl.agent import Memory, NixlAgent, RunningRead
+from diptych.transceiver.nixl.peer import POLL_S, NixlPeer, ask_generations, borrowed
+from diptych.transceiver.plan import CopyPlan
+from diptych.transceiver.pool import DigestKind, Digests, Generations, KvPool
+from diptych.transceiver.pool_memory import PoolMemory
+from diptych.transceiver.spans import Spans, batches
+from diptych.transceiver.stop import Stop
+from diptych.transceiver.timer import sharpen_timer
+from diptych.transceiver.transport import Landed, TransferState, ignore_landed
+
+# Of one read: for a CPU so little that its digest finds the bytes in a cache, for a GPU as much as keeps it busy.
+_READ_BYTES = {"DRAM": 8 << 20, "VRAM": 256 << 20}
+_READ_SPANS = 4096
+_WINDOW = 2  # reads at a time
+
+
+class NixlTransfer:
+    def __init__(
+        self,
+        peer: NixlPeer,
+        agent: NixlAgent,
+        here: Memory,
+        plan: CopyPlan,
+        stop: Stop,
+        pool: KvPool | None = None,
+        landed: Landed = ignore_landed,
+        digest_kind: DigestKind | None = None,
+    ) -> None:
+        """`pool`: what `here` belongs to, when anybody wants to know what landed."""
+        self._peer = peer
+        self._agent = agent
+        self._here = here
+        self._plan = plan
+        self._stop = stop
+        self._pool = pool
+        self._landed = landed
+        self._digest_kind = digest_kind
+        self._running: deque[tuple[RunningRead, Spans]] = deque()
+        self.state = TransferState.RUNNING
+        self.bytes = 0
+        self.seconds = 0.0
+        self.generations: Generations = np.empty(0, np.uint64)
+        self.digests: Digests | None = None
+
+    def wait(self) -> None:
+        started = time.monotonic()
+        sharpen_timer()
+        try:
+            with self._peer.use(), borrowed(self._peer.wires, self._stop) as wire:
+                wire.send(Reading(), self._stop)  # nixl goes on making acquaintance during the first reads
+                try:
+                    self._copy()
+                finally:
+                    self._settle()
+                self.generations = ask_generations(wire, self._plan.source_blocks, self._stop)
+            self.digests = self._digest()
+            self.state = TransferState.DONE
+        finally:
+            self.seconds = time.monotonic() - started
+            if self.state is not TransferState.DONE:
+                self.state = TransferState.ABORTED if self._stop.aborted else TransferState.FAILED
+
+    def abort(self) -> None:
+        self._stop.abort()
+
+    def _copy(self) -> None:
+        size = _READ_BYTES[self._here.kind]
+        spans = self._plan.pieces(size)
+        for part in batches(spans.length, size, _READ_SPANS):
+            self._stop.check()
+            cut = Spans(spans.source_offset[part], spans.destination_offset[part], spans.length[part])
+            self._running.append((self._start(cut), cut))
+            if len(self._running) == _WINDOW:
+                self._finish()
+        while self._running:
+            self._finish()
+
+    def _start(self, spans: Spans) -> RunningRead:
+        return self._agent.read(
+            self._peer.card, spans.source_offset, self._here, spans.destination_offset, spans.length
+        )
+
+    def _finish(self) -> None:
+        """The oldest read."""
+        read, spans = self._running[0]
+        while not read.is_done():
+            self._stop.check()
+            time.sleep(POLL_S)
+        self._running.popleft()
+        read.release()
+        self._land(spans)
+
+    def _land(self, spans: Spans) -> None:
+        self.bytes += spans.num_bytes
+        if isinstance(self._pool, PoolMemory):
+            for start, length in zip(spans.destination_offset.tolist(), spans.length.tolist(), strict=True):
+                self._landed(start, self._pool.data[start : start + length])
+
+    def _settle(self) -> None:
+        """Until nothing is read any more. No deadline: what is read into is nobody else's before that."""
+        while self._running:
+            read, _ = self._running.popleft()
+            try:
+                while not read.is_done():
+                    time.sleep(POLL_S)
+            except TransferError:
+                continue  # over, too
+            finally:
+                read.release()
+
+    def _digest(self) -> Digests | None:
+        pool, plan = self._pool, self._plan
+        if self._digest_kind is None or pool is None or isinstance(pool, PoolMemory) or not plan.whole_blocks:
+            return None
+        assert pool.digest_kind == self._digest_kind  # of two pools on GPUs
+        return np.array(pool.digest(plan.destination_blocks.tolist()), np.uint64)
