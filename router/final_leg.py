@@ -26,8 +26,7 @@ from diptych.router.pool import Pool, WorkerView
 
 _log = logging.getLogger(__name__)
 
-_ELSEWHERE = {500, 502, 503}  # statuses that another worker may do better
-_ELSEWHERE_ONCE_BEGUN = {*_ELSEWHERE, 429}  # a client that has tokens cannot be told to come later
+_ELSEWHERE = {429, 500, 502, 503}  # statuses that another worker may do better
 
 # Workers to try, none of the given ones; each that is given out is added to them.
 ChooseWorkers = Callable[[set[str]], Iterator[WorkerView]]
@@ -134,8 +133,7 @@ class FinalLeg:
                     response = await client.finish(left(call))
                 else:
                     reply = Reply(exchange.head, await exchange.read())
-                    elsewhere = _ELSEWHERE_ONCE_BEGUN if client.started else _ELSEWHERE
-                    if reply.status in elsewhere or (early is not None and reply.status != HTTPStatus.OK):
+                    if reply.status in _ELSEWHERE or (early is not None and reply.status != HTTPStatus.OK):
                         self._leg.note_refusal(call, worker, reply)
                         return reply
                     client.add_timing(reply.head.text("server-timing"))

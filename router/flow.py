@@ -1,6 +1,7 @@
 """The two legs of one request (docs/protocol.md): context, first token to the client, generation, stream.
 
-    context leg   fails -> another context worker; none left -> the final leg does the whole request
+    context leg   fails, or its worker's line is full -> another context worker
+                  none left -> the final leg does the whole request; full everywhere -> the client's 429
     early leg     with schedule_style generation_first: the generation leg, sent beside the first context leg
     between       the tickets are ours: returned unless a generation worker has taken them over
     final leg     generation, or all of it; final_leg.py says what happens when it fails
@@ -130,6 +131,7 @@ class Flow:
         """Raises Unavailable when no worker could be had. A Reply is a worker's error, for the client."""
         call = route.call
         failure: Unavailable | None = None
+        overloaded: Reply | None = None
         leg = self._context
         started = time.monotonic()
         self._metrics.queue_latency.observe(started - call.arrived)
@@ -161,9 +163,14 @@ class Flow:
                 client.add_timing(f"ctx_leg;dur={elapsed_s * 1000:.2f}")
                 return ContextResult(worker, _prefill_of(worker, reply), reply.body)
             leg.note_refusal(call, worker, reply)
-            if reply.status != HTTPStatus.SERVICE_UNAVAILABLE:
+            if reply.status == HTTPStatus.TOO_MANY_REQUESTS:
+                overloaded = reply
+            elif reply.status == HTTPStatus.SERVICE_UNAVAILABLE:
+                failure = unavailable(worker, reply)
+            else:
                 return reply
-            failure = unavailable(worker, reply)
+        if overloaded is not None:  # not one for the generation workers: they have their own lines
+            return overloaded
         raise failure or leg.nobody(self._limits.probe_retry_s)
 
     def _send_early(self, early: EarlyLeg, context: WorkerView, call: Call) -> bool:

@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import orjson
@@ -16,6 +16,7 @@ from aiohttp import web
 from diptych import __version__
 from diptych.config import LlmConfig
 from diptych.errors import DiptychError, InvalidRequest, NotFound, PayloadTooLarge
+from diptych.wire import Role
 from diptych.worker.keys import SERVICE
 from diptych.worker.kv_routes import kv_cache_events, kv_events, kv_peer
 from diptych.worker.registration import registered
@@ -33,6 +34,10 @@ class _Release(msgspec.Struct):
 
     ticket_ids: list[str] = []
     disagg_request_ids: list[str | int] = []
+
+
+class _RoleChange(msgspec.Struct):
+    role: Role
 
 
 def run(config: LlmConfig) -> None:
@@ -66,6 +71,7 @@ def create_app(service: WorkerService) -> web.Application:
             web.get("/perf_metrics", _perf_metrics),
             web.post("/kv/release", _release),
             web.post("/drain", _drain),
+            web.post("/role", _role),
             web.get("/kv_events", kv_events),
             web.get("/kv/peer", kv_peer),
             web.post("/kv_cache_events", kv_cache_events),
@@ -251,3 +257,16 @@ async def _drain(request: web.Request) -> web.Response:
         },
         status=202,
     )
+
+
+async def _role(request: web.Request) -> web.Response:
+    """Take other legs from now on. Routers learn it from the registry."""
+    service = request.app[SERVICE]
+    service.trust.check(request.remote, request.headers)
+    try:
+        wanted = msgspec.json.decode(await request.read(), type=_RoleChange)
+    except msgspec.DecodeError:
+        allowed = ", ".join(get_args(Role))
+        raise InvalidRequest(f'the body must be {{"role": R}}, R one of {allowed}', param="role") from None
+    service.change_role(wanted.role)
+    return _json({"worker_id": service.worker_id, "role": service.role})

@@ -81,7 +81,7 @@ def _info(service: WorkerService, url: str) -> WorkerInfo:
     return WorkerInfo(
         worker_id=service.worker_id,
         url=url,
-        role=service.config.server_role,
+        role=service.role,
         model=service.config.model_name,
         incarnation=service.incarnation,
         state=service.state,

@@ -18,7 +18,7 @@ from diptych.errors import ModelNotFound, Overloaded, Unavailable
 from diptych.model_source import resolve_model
 from diptych.text import Tokenizer
 from diptych.trust import ClusterTrust
-from diptych.wire import EngineProgress, EngineReady, EngineStats, WorkerState
+from diptych.wire import EngineProgress, EngineReady, EngineStats, Role, WorkerState
 from diptych.worker.engine_client import EngineClient
 from diptych.worker.handed_out import HandedOut
 from diptych.worker.hardware import detect
@@ -40,8 +40,9 @@ class WorkerService:
         self.config = config
         self.incarnation = secrets.token_hex(8)
         self.worker_id = f"{socket.gethostname()}:{config.port}-{self.incarnation[:6]}"
+        self.role: Role = config.server_role
         self.state: WorkerState = "STARTING"
-        self.changed = asyncio.Event()  # set with every change of `state`
+        self.changed = asyncio.Event()  # set with every change of `role` and `state`
         self.stopping = asyncio.Event()
         self.trust = ClusterTrust(config.cluster_secret)
         self.created = int(time.time())
@@ -85,6 +86,13 @@ class WorkerService:
             self.config.kv_cache_config.tokens_per_block,
             ready.max_seq_len,
         )
+
+    def change_role(self, role: Role) -> None:
+        """Which legs routers give us from now on; those that run end here."""
+        if role != self.role:
+            log.info("role %s becomes %s: %d open requests", self.role, role, self.open_requests)
+            self.role = role
+            self.changed.set()
 
     def request_drain(self, reason: str) -> None:
         """Take nothing new from now on, and end when what runs has ended."""
@@ -205,7 +213,7 @@ class WorkerService:
         ready, stats = self._ready, self._stats()
         return {
             "worker_id": self.worker_id,
-            "role": self.config.server_role,
+            "role": self.role,
             "model": self.config.model_name,
             "models": self.model_names,
             "incarnation": self.incarnation,

@@ -37,6 +37,16 @@ async def test_a_worker_takes_legs_as_soon_as_it_is_announced_ready(context):
         assert await pool.wait_until(lambda pool: not pool.ready("CONTEXT"), 5.0)
 
 
+async def test_another_role_counts_at_once(context):
+    registry = StaticRegistry()
+    async with Pool(registry, SLOW) as pool:
+        lease = await registry.register(info(context))
+        assert await pool.wait_until(lambda pool: bool(pool.ready("CONTEXT")), 5.0)
+        await lease.update(info(context, role="GENERATION"))
+        assert await pool.wait_until(lambda pool: bool(pool.ready("GENERATION")), 5.0)
+        assert pool.ready("CONTEXT") == ()
+
+
 async def test_a_worker_that_was_down_is_asked_when_it_is_announced_anew(context):
     registry = StaticRegistry()
     await context.stop()

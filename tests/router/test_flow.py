@@ -11,6 +11,7 @@ from tests.router.conftest import FAST, Config, StartRouter
 
 STREAM = {"model": "fake", "prompt": "hello", "stream": True}
 WHOLE = {"model": "fake", "prompt": "hello"}
+FULL = {"error": {"message": "full", "type": "rate_limit_error", "param": None, "code": "overloaded"}}
 
 
 def last_event(text: str) -> dict:
@@ -263,7 +264,7 @@ async def test_error_event_when_every_generation_leg_fails_returns_the_tickets(
     await context.wait_for(lambda: context.released == ["c0-ticket-1"])
 
 
-@pytest.mark.parametrize("status", [400, 404, 422, 429])
+@pytest.mark.parametrize("status", [400, 404, 422])
 @pytest.mark.parametrize("leg", ["context", "generation"])
 async def test_client_errors_pass_through(start_router: StartRouter, context, generation, status, leg):
     content = {"error": {"message": "bad max_tokens", "type": "t", "param": "max_tokens", "code": "c"}}
@@ -276,6 +277,37 @@ async def test_client_errors_pass_through(start_router: StartRouter, context, ge
         assert response.headers["Retry-After"] == "3"
     assert len(worker.legs(leg)) == 1
     if leg == "generation":
+        await context.wait_for(lambda: context.released == ["c0-ticket-1"])
+
+
+@pytest.mark.parametrize("leg", ["context", "generation"])
+@pytest.mark.parametrize("body", [STREAM, WHOLE])
+async def test_a_full_line_sends_the_leg_elsewhere(
+    start_router: StartRouter, context, spare_context, generation, spare_generation, leg, body
+):
+    full, other = (context, spare_context) if leg == "context" else (generation, spare_generation)
+    full.script.answer[leg] = (429, FULL, {"Retry-After": "3"})
+    router = await start_router(context, spare_context, generation, spare_generation)
+    for _ in range(2):  # round robin: one of them, at least, meets the full worker first
+        assert await router.text(body)
+    assert full.legs(leg)
+    assert len(other.legs(leg)) == 2
+
+
+@pytest.mark.parametrize("leg", ["context", "generation"])
+async def test_full_lines_everywhere_are_the_clients_429(
+    start_router: StartRouter, context, generation, leg
+):
+    for worker in (context, generation):
+        worker.script.answer[leg] = (429, FULL, {"Retry-After": "3"})
+    router = await start_router(context, generation)
+    async with router.post(WHOLE) as response:
+        assert response.status == 429
+        assert response.headers["Retry-After"] == "3"
+        assert await response.json() == FULL
+    if leg == "context":
+        assert generation.seen == []  # it is not given what the context workers have no room for
+    else:
         await context.wait_for(lambda: context.released == ["c0-ticket-1"])
 
 

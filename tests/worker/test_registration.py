@@ -59,6 +59,15 @@ async def test_states_are_told_at_once(world: EmbeddedWorld, tmp_path: Path):
     await reader.until(timeout_s=2.0)
 
 
+async def test_another_role_is_told_at_once(world: EmbeddedWorld, tmp_path: Path):
+    service, reader = service_at(world, tmp_path), world.reader()
+    async with registered(service):
+        await reader.until(service.worker_id, timeout_s=2.0)
+        service.change_role("GENERATION")
+        await reader.until(service.worker_id, role="GENERATION", timeout_s=0.9)  # sooner than the load is told
+        assert service.server_info()["role"] == "GENERATION"
+
+
 async def test_taken_out_of_the_registry_means_drain(world: EmbeddedWorld, tmp_path: Path):
     service, reader = service_at(world, tmp_path), world.reader()
     async with registered(service):
