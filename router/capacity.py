@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from diptych.router.pool import Pool, WorkerView
+from diptych.router.pool import Pool
+from diptych.router.worker_view import WorkerView
 
 _DEPTH = (
     2  # batches for each generation worker: one that runs, one that waits there so that no step has a gap

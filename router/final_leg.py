@@ -22,7 +22,8 @@ from diptych.router.early_leg import EarlyLeg
 from diptych.router.exchange import Exchange, Reply
 from diptych.router.frontends.openai import Call, Prefill
 from diptych.router.leg import Leg, is_late, left
-from diptych.router.pool import Pool, WorkerView
+from diptych.router.pool import Pool
+from diptych.router.worker_view import WorkerView
 
 _log = logging.getLogger(__name__)
 

@@ -29,9 +29,10 @@ from diptych.router.final_leg import ChooseWorkers, FinalLeg
 from diptych.router.frontends.openai import Call, Prefill, client_answer, parse_prefill
 from diptych.router.leg import Leg, left, unavailable
 from diptych.router.metrics import Metrics
-from diptych.router.pool import LegRole, Pool, WorkerView
+from diptych.router.pool import Pool
 from diptych.router.routing import Route, Routing
 from diptych.router.settings import Limits, RouterSettings
+from diptych.router.worker_view import LegRole, WorkerView
 
 _log = logging.getLogger(__name__)
 

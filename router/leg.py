@@ -10,7 +10,8 @@ from diptych.journal import HEADER
 from diptych.router.exchange import Exchange, Reply
 from diptych.router.frontends.openai import Call
 from diptych.router.metrics import LegMetrics
-from diptych.router.pool import LegRole, Pool, WorkerView
+from diptych.router.pool import Pool
+from diptych.router.worker_view import LegRole, WorkerView
 
 _log = logging.getLogger(__name__)
 _JOURNAL = f"{HEADER}: 1\r\n".encode()

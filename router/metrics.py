@@ -10,9 +10,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from diptych.router.pool import WorkerView
 from diptych.router.snapshots import Merged, Snapshots
 from diptych.router.tally import Count, Spread, Tallies
+from diptych.router.worker_view import WorkerView
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0)
 

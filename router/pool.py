@@ -11,115 +11,20 @@ import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Literal
+from typing import get_args
 
 import msgspec
 
 from diptych.discovery import Registry, Snapshot
 from diptych.errors import DeadlineExceeded, DiptychError, WorkerLost
-from diptych.router.client import NO_HEADERS, WorkerClient
+from diptych.router.client import NO_HEADERS
 from diptych.router.deadline import within
 from diptych.router.probe import WorkerFacts, ask
 from diptych.router.settings import Limits, MinimalSettings
+from diptych.router.worker_view import LegRole, WorkerView
 from diptych.wire import WorkerInfo
 
-LegRole = Literal["CONTEXT", "GENERATION"]
 _log = logging.getLogger(__name__)
-_PROVEN = 32  # legs at once that end a probation
-
-
-class WorkerView:
-    """What the router knows of one worker."""
-
-    __slots__ = (
-        "_models",
-        "allowance",
-        "client",
-        "elsewhere",
-        "facts",
-        "in_flight",
-        "incarnation",
-        "info",
-        "kick",
-        "misses",
-        "news",
-        "probed",
-    )
-
-    def __init__(self, info: WorkerInfo, limits: Limits, headers: Mapping[str, str] = NO_HEADERS) -> None:
-        self.info = info
-        self.client = WorkerClient(info.url, limits, headers)
-        self.facts: WorkerFacts | None = None  # None: down, or not asked yet
-        self._models: tuple[str, ...] = ()
-        self.probed = False
-        self.misses = 0  # probes in a row that were not answered in time
-        self.incarnation = ""  # of the process that answered last
-        self.allowance: int | None = None  # legs at once while it is on probation; None: it is not
-        self.in_flight = 0
-        self.elsewhere = 0.0  # requests that others gave it, when it was last asked
-        self.kick = asyncio.Event()
-        self.news = False  # the kick came from the registry: no reason to wait before the probe
-
-    @property
-    def worker_id(self) -> str:
-        return self.info.worker_id
-
-    @property
-    def ready(self) -> bool:
-        facts = self.facts
-        if facts is None or facts.state != "READY" or self.info.state != "READY":
-            return False
-        return not self.is_replaced
-
-    @property
-    def is_replaced(self) -> bool:
-        """Another process answers at its address, and its place in the registry has not ended yet."""
-        announced, found = self.info.incarnation, self.facts.incarnation if self.facts is not None else ""
-        return bool(announced and found) and announced != found
-
-    @property
-    def state(self) -> str:
-        """For people: READY, STARTING, DRAINING or DOWN."""
-        if self.facts is None or self.is_replaced:
-            return "DOWN" if self.probed else "STARTING"
-        return self.info.state if self.info.state != "READY" else self.facts.state
-
-    @property
-    def is_full(self) -> bool:
-        """On probation after it was down, and with as many legs as it may have."""
-        return self.allowance is not None and self.in_flight >= self.allowance
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        """The names it answers to, also while it is down; empty when nobody has said."""
-        return self._models or ((self.info.model,) if self.info.model else ())
-
-    def learn(self, facts: WorkerFacts | None) -> None:
-        self.facts = facts
-        if facts is not None and facts.models:
-            self._models = facts.models
-
-    def note_load(self, num_requests: float) -> None:
-        """What it says it has to do; ours is a part of that."""
-        self.elsewhere = max(0.0, num_requests - self.in_flight)
-
-    def has_role(self, role: LegRole) -> bool:
-        return self.info.role in (role, "BOTH")
-
-    def serves(self, model: str | None) -> bool:
-        """True as well when either side does not name a model."""
-        return model is None or not self.models or model in self.models
-
-    def __enter__(self) -> "WorkerView":
-        self.in_flight += 1
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.in_flight -= 1
-        if self.allowance is not None and error is None:
-            self.allowance = self.allowance * 2 if self.allowance < _PROVEN else None
 
 
 class Pool:
@@ -144,7 +49,8 @@ class Pool:
         self._limits = limits
         self._rng = rng or random.Random()
         self._workers: dict[str, WorkerView] = {}
-        self._probes: dict[str, asyncio.Task[None]] = {}
+        self._announced: Mapping[str, WorkerInfo] = {}
+        self._probes: set[asyncio.Task[None]] = set()
         self._watch: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._ready: dict[tuple[LegRole, str | None], tuple[WorkerView, ...]] = {}
@@ -157,7 +63,7 @@ class Pool:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        tasks = [*self._probes.values()] + ([self._watch] if self._watch is not None else [])
+        tasks = [*self._probes] + ([self._watch] if self._watch is not None else [])
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -228,23 +134,46 @@ class Pool:
             delay_s = min(delay_s * 2, 30.0)
 
     def _apply(self, snapshot: Snapshot) -> None:
-        announced = {info.worker_id: info for info in snapshot}
+        earlier, self._announced = self._announced, {info.worker_id: info for info in snapshot}
         before = {worker.info.url: worker for worker in self._workers.values()}
         changed = False
-        for worker_id in [*self._workers]:
-            info = announced.get(worker_id)
-            if info is None or info.url != self._workers[worker_id].info.url:
-                self._drop(worker_id)
-                changed = True
-        for worker_id, info in announced.items():
+        for worker_id, info in self._announced.items():
             worker = self._workers.get(worker_id)
+            if worker is not None and info.url != worker.info.url:
+                self._drop(worker_id)
+                worker = None
             if worker is None:
                 self._add(info, before.get(info.url))
                 changed = True
             elif info != worker.info:
                 changed = self._update(worker, info) or changed
-        if changed:
+        if self._drop_unannounced() or changed:
             self._note_change()
+        for worker_id in self._workers.keys() & (earlier.keys() - self._announced.keys()):
+            worker = self._workers[worker_id]
+            _log.warning("worker %s is not announced any more, and kept: its role has no other", worker_id)
+            worker.news = True
+            worker.kick.set()
+
+    def _drop_unannounced(self) -> bool:
+        """Except who answers and has a role that no other ready worker has: a registry that lost the workers
+        (its leases ended, or they cannot reach it) must not end the service."""
+        ready = [worker for worker in self._workers.values() if worker.ready]
+        covered = {
+            role
+            for worker in ready
+            for role in get_args(LegRole)
+            if worker.worker_id in self._announced and worker.has_role(role)
+        }
+        dropped = False
+        for worker_id in self._workers.keys() - self._announced.keys():
+            worker = self._workers[worker_id]
+            roles = {role for role in get_args(LegRole) if worker.has_role(role)}
+            if worker in ready and roles - covered:
+                continue
+            self._drop(worker_id)
+            dropped = True
+        return dropped
 
     def _update(self, worker: WorkerView, info: WorkerInfo) -> bool:
         """False when only its load is another: workers tell that every second."""
@@ -272,19 +201,21 @@ class Pool:
             worker.learn(facts)  # the same process under another name: it stays in service
             worker.incarnation, worker.probed = before.incarnation, before.probed
         self._workers[info.worker_id] = worker
-        self._probes[info.worker_id] = asyncio.create_task(
-            self._keep_probing(worker), name=f"probe-{info.worker_id}"
-        )
+        probe = asyncio.create_task(self._keep_probing(worker), name=f"probe-{info.worker_id}")
+        self._probes.add(probe)
+        probe.add_done_callback(self._probes.discard)
 
     def _drop(self, worker_id: str) -> None:
         worker = self._workers.pop(worker_id)
-        self._probes.pop(worker_id).cancel()
+        worker.is_dropped = True
+        worker.kick.set()
         worker.client.close()  # legs that run on it go on
         _log.info("Server %s is removed", worker.info.url)
 
     async def _keep_probing(self, worker: WorkerView) -> None:
+        """Also of a dropped worker while legs run on it: it may hang."""
         retry_s = self._limits.probe_retry_s
-        while True:
+        while worker.in_flight or not worker.is_dropped:
             worker.kick.clear()  # before the probe: news that come during it ask for another one
             worker.news = False
             await self._probe(worker)
@@ -330,6 +261,7 @@ class Pool:
             return
         worker.learn(facts)
         worker.probed = True
+        self._drop_unannounced()
         self._note_change()
         if worker.state != before:
             level = logging.WARNING if facts is None else logging.INFO

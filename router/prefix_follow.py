@@ -15,8 +15,9 @@ import msgspec
 from diptych import block_hash
 from diptych.errors import DiptychError
 from diptych.router.exchange import Reply
-from diptych.router.pool import Pool, WorkerView
+from diptych.router.pool import Pool
 from diptych.router.prefix_index import PrefixIndex
+from diptych.router.worker_view import WorkerView
 from diptych.wire import KvEvents
 
 _log = logging.getLogger(__name__)

@@ -20,13 +20,14 @@ from diptych.router.frontends.openai import Call
 from diptych.router.metrics import Metrics
 from diptych.router.policies import RoutingPolicy, load_policy
 from diptych.router.policies.request import RouteRequest
-from diptych.router.pool import LegRole, Pool, WorkerView
+from diptych.router.pool import Pool
 from diptych.router.prefix_follow import PrefixFollower
 from diptych.router.prefix_index import PrefixIndex
 from diptych.router.prefix_metrics import PrefixCollector
 from diptych.router.probe import TextRules
 from diptych.router.settings import RouterSettings
 from diptych.router.tokenization import Prompt, PromptReader
+from diptych.router.worker_view import LegRole, WorkerView
 
 _TOKENS_PER_BLOCK = 32
 _BYTES_PER_TOKEN = 4  # of a body that nobody has tokenized

@@ -10,7 +10,8 @@ import diptych
 from diptych.discovery.address import parse_address
 from diptych.errors import Unavailable
 from diptych.router.metrics import Metrics
-from diptych.router.pool import LegRole, Pool, WorkerView
+from diptych.router.pool import Pool
+from diptych.router.worker_view import LegRole, WorkerView
 
 _ROLES: tuple[LegRole, ...] = ("CONTEXT", "GENERATION")
 

@@ -11,7 +11,7 @@ from typing import Protocol
 from diptych.config.routing import OPTIONS, PolicyOptions
 from diptych.router.policies.affinity import SessionAffinity
 from diptych.router.policies.request import RouteRequest
-from diptych.router.pool import WorkerView
+from diptych.router.worker_view import WorkerView
 
 _POLICIES = {
     "round_robin": "diptych.router.policies.round_robin:RoundRobin",

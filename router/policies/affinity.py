@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from diptych.router.policies.load import RequestLoad
 from diptych.router.policies.request import RouteRequest
-from diptych.router.pool import WorkerView
+from diptych.router.worker_view import WorkerView
 
 if TYPE_CHECKING:
     from diptych.router.policies import RoutingPolicy

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from diptych.config.routing import KvCacheAwareOptions
 from diptych.router.policies.load import make_load
 from diptych.router.policies.request import RouteRequest
-from diptych.router.pool import WorkerView
+from diptych.router.worker_view import WorkerView
 
 _REQUEST_WEIGHT = 0.25
 _TOKEN_WEIGHT = 1.0

@@ -3,7 +3,7 @@
 from collections import Counter
 
 from diptych.router.policies.request import RouteRequest
-from diptych.router.pool import WorkerView
+from diptych.router.worker_view import WorkerView
 
 _TYPICAL_TOKENS = 512  # of a request, while there is nothing to judge by
 

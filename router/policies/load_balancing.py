@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from diptych.config.routing import LoadBalancingOptions
 from diptych.router.policies.load import make_load
 from diptych.router.policies.request import RouteRequest
-from diptych.router.pool import WorkerView
+from diptych.router.worker_view import WorkerView
 
 
 class LoadBalancing:

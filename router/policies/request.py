@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from diptych.router.pool import WorkerView
+from diptych.router.worker_view import WorkerView
 
 
 @dataclass(frozen=True, slots=True)

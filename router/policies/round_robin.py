@@ -6,7 +6,7 @@ from itertools import count
 
 from diptych.config.routing import RoundRobinOptions
 from diptych.router.policies.request import RouteRequest
-from diptych.router.pool import WorkerView
+from diptych.router.worker_view import WorkerView
 
 
 class RoundRobin:

@@ -34,7 +34,7 @@ def test_a_secret_guards_what_is_between_router_and_workers(fresh: Mesh):
     for headers in ({}, {HEADER: "guessed"}, {HEADER: "\u00e9"}):
         status, answer = post(f"{context.url}/v1/completions", leg, **headers)
         assert (status, answer["error"]["code"]) == (403, "forbidden")
-        for url in (f"{context.url}/kv/release", f"{context.url}/drain"):
+        for url in (f"{context.url}/kv/release", f"{context.url}/drain", f"{context.url}/role"):
             status, answer = post(url, {"ticket_ids": []}, **headers)
             assert (status, answer["error"]["code"]) == (403, "forbidden")
     status, alone = post(f"{context.url}/v1/completions", BODY)

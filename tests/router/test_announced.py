@@ -1,13 +1,15 @@
 """What a router makes of announcements: states, changes of process, names of one address, minimal_instances."""
 
+import asyncio
 import logging
+import time
 from dataclasses import dataclass
 
 import pytest
 
 from diptych.discovery.embedded import EmbeddedRegistry
 from diptych.discovery.static import StaticRegistry
-from diptych.errors import Unavailable
+from diptych.errors import Unavailable, WorkerLost
 from diptych.router.pool import Pool
 from diptych.router.settings import Limits
 from diptych.router.status import StartGate, describe_missing, missing_roles
@@ -64,12 +66,69 @@ async def test_added_and_removed_are_logged_in_the_words_that_operators_wait_for
         async with Pool(registry, QUICK) as pool:
             lease = await registry.register(info(context))
             assert await pool.wait_until(lambda pool: bool(pool.workers), 5.0)
+            await lease.update(info(context, state="DRAINING"))
             await lease.close()
             assert await pool.wait_until(lambda pool: not pool.workers, 5.0)
     assert [text for text in caplog.messages if text.startswith("Server")] == [
         f"Server {context.url} is added",
         f"Server {context.url} is removed",
     ]
+
+
+async def test_a_registry_that_loses_everybody_does_not_end_the_service(context, spare_context, generation):
+    """Leases that end together: who answers and is the last of its role stays until another one is there."""
+    registry = StaticRegistry([info(generation)])
+    async with Pool(registry, QUICK) as pool:
+        first = await registry.register(info(context))
+        second = await registry.register(info(spare_context))
+        assert await pool.wait_until(lambda pool: ids(pool.ready("CONTEXT")) == ["c0", "c1"], 5.0)
+        await first.close()
+        assert await pool.wait_until(lambda pool: ids(pool.workers) == ["g0", "c1"], 5.0)
+        await second.close()
+        await registry.register(info(generation, worker_id="g1"))  # the snapshot after that has come
+        assert await pool.wait_until(lambda pool: "g1" in ids(pool.ready("GENERATION")), 5.0)
+        assert ids(pool.ready("CONTEXT")) == ["c1"]
+        await registry.register(info(context))
+        assert await pool.wait_until(lambda pool: ids(pool.ready("CONTEXT")) == ["c0"], 5.0)
+
+
+@pytest.mark.parametrize("end", ["DRAINING", "stopped"])
+async def test_the_last_of_a_role_is_gone_when_it_does_not_take_legs_any_more(context, end):
+    registry = StaticRegistry()
+    async with Pool(registry, QUICK) as pool:
+        lease = await registry.register(info(context))
+        assert await pool.wait_until(lambda pool: bool(pool.ready("CONTEXT")), 5.0)
+        await lease.close()
+        if end == "stopped":
+            await context.stop()
+        else:
+            context.script.state = end
+        assert await pool.wait_until(lambda pool: not pool.workers, 5.0)
+
+
+async def test_a_leg_on_a_dropped_worker_that_hangs_is_given_up(context, spare_context):
+    """Its lease ends before the router's probes find out: they must go on for what runs there."""
+    registry = StaticRegistry([info(spare_context)])
+    limits = Limits(probe_s=0.1, probe_interval_s=0.05, probe_retry_s=0.05)
+    async with Pool(registry, limits) as pool:
+        lease = await registry.register(info(context))
+        assert await pool.wait_until(lambda pool: len(pool.ready("CONTEXT")) == 2, 5.0)
+        (worker,) = (worker for worker in pool.workers if worker.worker_id == "c0")
+        context.script.hold["context"] = asyncio.Event()
+
+        async def leg() -> None:
+            with worker:
+                body = b'{"disaggregated_params": {"request_type": "context_only"}}'
+                deadline = time.monotonic() + 60
+                await worker.client.request("POST", "/v1/completions", deadline=deadline, body=body)
+
+        running = asyncio.create_task(leg())
+        await context.wait_for(lambda: context.legs("context"))
+        await lease.close()
+        assert await pool.wait_until(lambda pool: ids(pool.workers) == ["c1"], 5.0)
+        context.hangs = True
+        with pytest.raises(WorkerLost):
+            await asyncio.wait_for(running, 10)
 
 
 async def test_a_new_load_alone_changes_nothing(context):

@@ -295,9 +295,7 @@ async def test_a_full_line_sends_the_leg_elsewhere(
 
 
 @pytest.mark.parametrize("leg", ["context", "generation"])
-async def test_full_lines_everywhere_are_the_clients_429(
-    start_router: StartRouter, context, generation, leg
-):
+async def test_full_lines_everywhere_are_the_clients_429(start_router: StartRouter, context, generation, leg):
     for worker in (context, generation):
         worker.script.answer[leg] = (429, FULL, {"Retry-After": "3"})
     router = await start_router(context, generation)

@@ -64,7 +64,9 @@ async def test_another_role_is_told_at_once(world: EmbeddedWorld, tmp_path: Path
     async with registered(service):
         await reader.until(service.worker_id, timeout_s=2.0)
         service.change_role("GENERATION")
-        await reader.until(service.worker_id, role="GENERATION", timeout_s=0.9)  # sooner than the load is told
+        await reader.until(
+            service.worker_id, role="GENERATION", timeout_s=0.9
+        )  # sooner than the load is told
         assert service.server_info()["role"] == "GENERATION"
 
 
