@@ -66,7 +66,7 @@ async def test_added_and_removed_are_logged_in_the_words_that_operators_wait_for
         async with Pool(registry, QUICK) as pool:
             lease = await registry.register(info(context))
             assert await pool.wait_until(lambda pool: bool(pool.workers), 5.0)
-            await lease.update(info(context, state="DRAINING"))
+            context.script.state = "DRAINING"
             await lease.close()
             assert await pool.wait_until(lambda pool: not pool.workers, 5.0)
     assert [text for text in caplog.messages if text.startswith("Server")] == [

@@ -70,7 +70,7 @@ async def test_registry_adds_changes_and_removes(context, spare_context):
         assert await pool.wait_until(lambda pool: ids(pool.ready("CONTEXT")) == ["c0", "c1"], 5.0)
         await first.update(info(context, state="DRAINING"))
         assert await pool.wait_until(lambda pool: ids(pool.ready("CONTEXT")) == ["c1"], 5.0)
-        await second.update(info(spare_context, state="DRAINING"))
+        spare_context.script.state = "DRAINING"
         await second.close()
         assert await pool.wait_until(lambda pool: ids(pool.workers) == ["c0"], 5.0)
         await first.update(info(context, url=spare_context.url))
