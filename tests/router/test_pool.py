@@ -73,6 +73,7 @@ async def test_registry_adds_changes_and_removes(context, spare_context):
         spare_context.script.state = "DRAINING"
         await second.close()
         assert await pool.wait_until(lambda pool: ids(pool.workers) == ["c0"], 5.0)
+        spare_context.script.state = "READY"
         await first.update(info(context, url=spare_context.url))
         assert await pool.wait_until(lambda pool: ids(pool.ready("CONTEXT")) == ["c0"], 5.0)
         assert pool.workers[0].client.url == spare_context.url
