@@ -152,11 +152,10 @@ class Mesh:
         return etcd
 
     def metadata(self, etcd: Etcd, **settings: Any) -> Path:
-        """A metadata_config.yaml for that etcd, for `worker` and `router`."""
-        path = self._folder / f"metadata-{etcd.port}.yaml"
-        path.write_text(
-            yaml.safe_dump({"server_type": "etcd", "hostname": "localhost", "port": etcd.port, **settings})
-        )
+        """A metadata_config.yaml for that etcd, for `worker` and `router`; `port`: of a proxy before it."""
+        config = {"server_type": "etcd", "hostname": "localhost", "port": etcd.port, **settings}
+        path = self._folder / f"metadata-{config['port']}.yaml"
+        path.write_text(yaml.safe_dump(config))
         return path
 
     def worker(

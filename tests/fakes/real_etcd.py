@@ -108,6 +108,16 @@ class Etcd:
     def delete(self, key: str) -> bool:
         return self.ask("/v3/kv/deleterange", key=_b64(key)).get("deleted") == "1"
 
+    def end_leases(self, prefix: str) -> None:
+        """End the leases of these keys, and with them the keys, as if their owners had not been heard of."""
+        answer = self.ask("/v3/kv/range", key=_b64(prefix), range_end=_b64(prefix + "\x7f"))
+        for kv in answer.get("kvs", []):
+            self.ask("/v3/lease/revoke", ID=kv["lease"])
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def compact(self) -> None:
         """Forget all history: watches from an older revision are refused."""
         revision = self.ask("/v3/kv/range", key=_b64("x"))["header"]["revision"]

@@ -4,14 +4,17 @@ import contextlib
 import socket
 import struct
 import threading
+from collections.abc import Callable
+from typing import Literal
 
+Way = Literal["up", "down"]
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with RST
 
 
 class TcpProxy:
     """Use as a context manager; threads, so that tests with and without a loop can have it.
 
-    `silent` lets bytes in and nothing out, in both directions: a partition that closes no connection.
+    `silence` lets bytes in and nothing out: a partition that closes no connection.
     """
 
     def __init__(
@@ -22,11 +25,12 @@ class TcpProxy:
         self.port: int = self._listener.getsockname()[1]
         self._lock = threading.Lock()
         self._sockets: set[socket.socket] = set()
-        self._passing = threading.Event()
-        self._passing.set()
+        self._passing: dict[Way, threading.Event] = {"up": threading.Event(), "down": threading.Event()}
         self._closed = False
         self.refuses = False
         self.cut_after: int | None = None  # bytes towards the client, of one connection
+        self.on_cut: Callable[[], object] = lambda: None  # called before `cut_after` cuts
+        self.heal()
 
     def __enter__(self) -> "TcpProxy":
         threading.Thread(target=self._accept, daemon=True).start()
@@ -40,13 +44,16 @@ class TcpProxy:
         self._listener.close()
         self.cut()
 
-    def silence(self) -> None:
-        self._passing.clear()
+    def silence(self, *ways: Way) -> None:
+        """Up is towards the server. None: both."""
+        for way in ways or self._passing:
+            self._passing[way].clear()
 
     def heal(self) -> None:
         """What was held back goes on."""
         self.refuses = False
-        self._passing.set()
+        for passing in self._passing.values():
+            passing.set()
 
     def cut(self) -> None:
         """Reset every open connection."""
@@ -71,16 +78,17 @@ class TcpProxy:
                 continue
             with self._lock:
                 self._sockets |= {client, server}
-            for source, sink, limited in ((client, server, False), (server, client, True)):
-                threading.Thread(target=self._pump, args=(source, sink, limited), daemon=True).start()
+            for source, sink, way in ((client, server, "up"), (server, client, "down")):
+                threading.Thread(target=self._pump, args=(source, sink, way), daemon=True).start()
 
-    def _pump(self, source: socket.socket, sink: socket.socket, limited: bool) -> None:
+    def _pump(self, source: socket.socket, sink: socket.socket, way: Way) -> None:
         passed = 0
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
-                self._passing.wait()
-                if limited and self.cut_after is not None and passed + len(data) > self.cut_after:
+                self._passing[way].wait()
+                if way == "down" and self.cut_after is not None and passed + len(data) > self.cut_after:
                     sink.sendall(data[: max(0, self.cut_after - passed)])
+                    self.on_cut()
                     self.cut()
                     return
                 sink.sendall(data)

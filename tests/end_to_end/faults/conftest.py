@@ -1,20 +1,20 @@
-import secrets
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fault_mesh import FaultMesh
+from fault_mesh import FaultMesh, new_session
 from mesh import mesh
 
 
 @pytest.fixture(scope="session")
 def fault_mesh(small_model, tmp_path_factory) -> Iterator[FaultMesh]:
-    with mesh(tmp_path_factory.mktemp("faults")) as started:
-        yield FaultMesh(started)
+    with ExitStack() as stack, mesh(tmp_path_factory.mktemp("faults")) as started:
+        yield FaultMesh(started, stack)
 
 
 @pytest.fixture
@@ -27,12 +27,4 @@ def faults(fault_mesh: FaultMesh) -> Iterator[FaultMesh]:
 @pytest.fixture
 def sticky() -> dict[str, str]:
     """Requests with these headers go to the same workers."""
-    return {"X-Session-ID": secrets.token_hex(4)}
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The fault suite takes minutes and wants a machine of its own: `pytest -m slow tests/end_to_end/faults`."""
-    folder = Path(__file__).parent
-    for item in items:
-        if folder in item.path.parents:
-            item.add_marker(pytest.mark.slow)
+    return new_session()

@@ -1,8 +1,9 @@
 """Clients of the fault tests: requests whose whole outcome can be compared, and what is done in the middle."""
 
 import asyncio
+import itertools
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +55,7 @@ class Outcome:
     dones: int = 0
     stall_s: float = field(default=0.0, compare=False)  # longest wait between two events
     status: int = field(default=0, compare=False)
+    retry_after_s: int | None = field(default=None, compare=False)
 
 
 def body_of(name: str, max_tokens: int, **fields: Any) -> tuple[str, dict[str, Any]]:
@@ -86,6 +88,7 @@ async def stream(
     async with session.post(url + path, json=body, headers=headers) as response:
         outcome.status = response.status
         if response.status != 200:
+            outcome.retry_after_s = int(response.headers.get("Retry-After", 0)) or None
             outcome.errors.append(await response.json())
             return outcome
         async for line in response.content:
@@ -134,6 +137,65 @@ def assert_same(outcome: Outcome, expected: Outcome) -> None:
         expected.choices, 1
     )
     assert outcome == expected
+
+
+class Load:
+    """Clients that ask one after the other until the end of the block; then every answer must have been whole."""
+
+    def __init__(
+        self, url: str, expected: Mapping[str, Outcome], num_tokens: int, *, num_clients: int = 2
+    ) -> None:
+        """`expected`: what to ask for, by name (BODIES), and what it brings."""
+        self.outcomes: list[Outcome] = []
+        self.violations: list[str] = []
+        self._url = url
+        self._expected = expected
+        self._num_tokens = num_tokens
+        self._num_clients = num_clients
+        self._stop = False
+        self._progress = asyncio.Condition()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def longest_stall_s(self) -> float:
+        return max((outcome.stall_s for outcome in self.outcomes), default=0.0)
+
+    async def more(self, count: int) -> None:
+        """Wait for so many more answers, or for the first wrong one."""
+        wanted = len(self.outcomes) + count
+        async with self._progress:
+            there = self._progress.wait_for(lambda: len(self.outcomes) >= wanted or self.violations)
+            await asyncio.wait_for(there, PATIENCE_S)
+
+    async def __aenter__(self) -> "Load":
+        self._tasks = [asyncio.create_task(self._ask(number)) for number in range(self._num_clients)]
+        await self.more(self._num_clients)
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._stop = True
+        await asyncio.gather(*self._tasks)
+        if kind is None:
+            assert self.violations == []
+
+    async def _ask(self, number: int) -> None:
+        names = itertools.cycle(self._expected)
+        async with session() as client:
+            for name in itertools.islice(names, number, None):
+                if self._stop:
+                    return
+                await self._ask_once(client, name)
+
+    async def _ask_once(self, client: aiohttp.ClientSession, name: str) -> None:
+        try:
+            outcome = await stream(client, self._url, body_of(name, self._num_tokens))
+            assert_same(outcome, self._expected[name])
+        except (AssertionError, aiohttp.ClientError, asyncio.TimeoutError) as error:
+            self.violations.append(f"{name}: {type(error).__name__}: {error}")
+        else:
+            self.outcomes.append(outcome)
+        async with self._progress:
+            self._progress.notify_all()
 
 
 def session() -> aiohttp.ClientSession:

@@ -1,4 +1,5 @@
-"""One mesh for all fault tests: two context and two generation workers and a router.
+"""One mesh for all fault tests: two context and two generation workers and a router, which find each other in a
+real etcd. Each worker reaches etcd through a proxy of its own; the router asks etcd itself.
 
 A test breaks what it likes. Afterwards the mesh is mended (only what was killed is started again), and the
 invariants are asserted: blocks conserved and at rest on every living worker, health truthful, requests work.
@@ -6,27 +7,43 @@ invariants are asserted: blocks conserved and at rest on every living worker, he
 
 import asyncio
 import secrets
+import signal
+from contextlib import ExitStack
 
-from fault_clients import Outcome, body_of, session, stream
+from fault_clients import Load, Outcome, body_of, session, stream
 from mesh import Mesh, Server, get, wait_for
+
+from tests.fakes.tcp_proxy import TcpProxy
 
 # One thread each, for machines with two cores; a pool whose size does not depend on who else needs memory.
 OPTIONS = {"num_threads": 1, "drain_timeout_s": 30, "kv_cache_config": {"max_tokens": 16384}}
+KEYS = "/trtllm/default/workers/"
 REST_S = 2.0  # blocks are back so soon after the last request or the last fault
 
 
 class FaultMesh:
-    def __init__(self, started: Mesh) -> None:
+    def __init__(self, started: Mesh, stack: ExitStack) -> None:
         self.mesh = started
-        self.contexts = [started.worker(f"context{n}", "CONTEXT", **OPTIONS) for n in range(2)]
-        self.generations = [started.worker(f"generation{n}", "GENERATION", **OPTIONS) for n in range(2)]
-        self.router = started.router("router", self.contexts, self.generations)
+        self.etcd = started.etcd()
+        self.metadata = started.metadata(self.etcd)
+        self.etcd_links: dict[Server, TcpProxy] = {}
+        self.contexts = [self._worker(f"context{n}", "CONTEXT", stack) for n in range(2)]
+        self.generations = [self._worker(f"generation{n}", "GENERATION", stack) for n in range(2)]
+        self.router = started.router("router", [], [], metadata=self.metadata)
         self.paused: set[Server] = set()
         self._expected: dict[tuple[str, int], Outcome] = {}
         for server in (*self.workers, self.router):
             server.wait_ready()
         self.wait_known()
         self.totals = {worker: sum(worker.blocks().values()) for worker in self.workers}
+
+    def _worker(self, name: str, role: str, stack: ExitStack) -> Server:
+        link = stack.enter_context(TcpProxy(self.etcd.port))
+        worker = self.mesh.worker(
+            name, role, metadata=self.mesh.metadata(self.etcd, port=link.port), **OPTIONS
+        )
+        self.etcd_links[worker] = link
+        return worker
 
     @property
     def workers(self) -> list[Server]:
@@ -44,6 +61,11 @@ class FaultMesh:
 
     def mend(self) -> None:
         self.resume(*self.paused)
+        self.etcd.resume()
+        if not self.etcd.is_running:
+            self.etcd.start()
+        for link in self.etcd_links.values():
+            link.heal()
         dead = [server for server in (*self.workers, self.router) if server.process.poll() is not None]
         for server in dead:
             server.start()
@@ -51,15 +73,40 @@ class FaultMesh:
             server.wait_ready()
         self.wait_known()
 
-    def states(self, router: Server | None = None) -> dict[str, str]:
+    def state(self, worker: Server, router: Server | None = None) -> str:
+        """What the router says of a worker. DOWN as well when its key has ended; a place in etcd that a
+        process left behind which had the same address does not count."""
         info = get(f"{(router or self.router).url}/cluster_info") or {"current_workers": {}}
         found = [worker for group in info["current_workers"].values() for worker in group]
-        return {f"http://{worker['host']}:{worker['port']}": worker["state"] for worker in found}
+        states = {entry["state"] for entry in found if entry["port"] == worker.port}
+        return next((state for state in ("READY", "DRAINING", "STARTING") if state in states), "DOWN")
 
     def wait_state(
         self, worker: Server, state: str, timeout_s: float = 20.0, router: Server | None = None
     ) -> None:
-        wait_for(f"{worker.name} {state}", lambda: self.states(router).get(worker.url) == state, timeout_s)
+        wait_for(f"{worker.name} {state}", lambda: self.state(worker, router) == state, timeout_s)
+
+    def role(self, worker: Server) -> str:
+        """What the router takes it for."""
+        info = get(f"{self.router.url}/cluster_info")
+        return next(
+            entry["role"]
+            for group in info["current_workers"].values()
+            for entry in group
+            if entry["port"] == worker.port and entry["state"] == "READY"
+        )
+
+    def announced(self) -> list[str]:
+        """The addresses of the workers that etcd knows."""
+        return [info["url"] for info in self.etcd.keys(KEYS).values()]
+
+    def is_announced(self, worker: Server) -> bool:
+        return worker.url in self.announced()
+
+    def end_lease(self, worker: Server) -> None:
+        """What etcd does when it has not heard of a worker for a while."""
+        (key,) = (key for key, info in self.etcd.keys(KEYS).items() if info["url"] == worker.url)
+        self.etcd.end_leases(key)
 
     def wait_known(self, router: Server | None = None) -> None:
         for worker in self.workers:
@@ -97,6 +144,13 @@ class FaultMesh:
             self._expected[name, max_tokens] = outcome
         return self._expected[name, max_tokens]
 
+    async def load(
+        self, *names: str, num_tokens: int, num_clients: int = 2, router: Server | None = None
+    ) -> Load:
+        """Requests of these kinds, to be entered."""
+        expected = {name: await self.expected(name, num_tokens) for name in names}
+        return Load((router or self.router).url, expected, num_tokens, num_clients=num_clients)
+
     async def owners(self, headers: dict[str, str], router: Server | None = None) -> tuple[Server, Server]:
         """The context and the generation worker that get requests with this session header."""
         request_id = secrets.token_hex(8)
@@ -110,12 +164,33 @@ class FaultMesh:
         (generation,) = [worker for worker in self.generations if _served(worker, request_id)]
         return context, generation
 
+    async def session_of(self, context: Server, generation: Server) -> dict[str, str]:
+        """The header of a session that these two get now: a restart changes whose it is."""
+        for _ in range(40):
+            headers = new_session()
+            if await self.owners(headers) == (context, generation):
+                return headers
+        raise AssertionError(f"no session of {context.name} and {generation.name}")
+
+    async def roll_workers(self) -> None:
+        """Restart every worker, one after the other, as an operator would."""
+        for worker in self.workers:
+            worker.process.send_signal(signal.SIGTERM)
+            assert await asyncio.to_thread(worker.process.wait, 60) == 0
+            await asyncio.to_thread(worker.start().wait_ready)
+            await until(f"{worker.name} READY", lambda worker=worker: self.state(worker) == "READY")
+
     async def end_probation(self, headers: dict[str, str]) -> None:
         """The owners of this session take more than one leg at once again."""
         async with session() as client:
             for _ in range(7):
                 outcome = await stream(client, self.router.url, body_of("greedy", 2), headers=headers)
                 assert outcome.dones == 1 and not outcome.errors, outcome.errors
+
+
+def new_session() -> dict[str, str]:
+    """Requests with these headers go to the same workers."""
+    return {"X-Session-ID": secrets.token_hex(4)}
 
 
 def is_at_rest(worker: Server) -> bool:
@@ -125,6 +200,14 @@ def is_at_rest(worker: Server) -> bool:
 
 def _served(worker: Server, request_id: str) -> bool:
     return bool(get(f"{worker.url}/perf_metrics?request_id={request_id}"))
+
+
+async def roll_router(router: Server) -> None:
+    """Replace the processes of a router that has several."""
+    said = "takes the place of"
+    before = router.log.read_text().count(said)
+    router.process.send_signal(signal.SIGUSR2)
+    await until("two new processes", lambda: router.log.read_text().count(said) == before + 2, 60.0)
 
 
 async def until(what: str, condition, timeout_s: float = 30.0) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import signal
 
 from fault_clients import assert_same, body_of, session, stream
-from fault_mesh import OPTIONS, until
+from fault_mesh import OPTIONS, roll_router, until
 
 NUM_TOKENS = 60
 
@@ -88,25 +88,15 @@ async def test_sigterm_of_a_context_worker_with_a_prefill_and_a_ticket(faults, s
 
 async def test_every_worker_is_restarted_under_load(faults):
     """One after the other, and no client sees an error."""
-    expected = await faults.expected("seeded", NUM_TOKENS)
-    done = asyncio.Event()
-    outcomes = []
+    async with await faults.load("greedy", num_tokens=NUM_TOKENS) as load:
+        await faults.roll_workers()
+    print(f"{len(load.outcomes)} requests, longest stall {load.longest_stall_s:.2f} s")
 
-    async def load(client):
-        while not done.is_set():
-            outcomes.append(await stream(client, faults.router.url, body_of("seeded", NUM_TOKENS)))
 
-    async with session() as client:
-        clients = [asyncio.create_task(load(client)) for _ in range(3)]
-        for worker in faults.workers:
-            worker.process.send_signal(signal.SIGTERM)
-            assert await asyncio.to_thread(worker.process.wait, 30) == 0
-            await asyncio.to_thread(worker.start().wait_ready)
-            await until(
-                "the router to know", lambda worker=worker: faults.states().get(worker.url) == "READY"
-            )
-        done.set()
-        await asyncio.gather(*clients)
-    for outcome in outcomes:
-        assert_same(outcome, expected)
-    print(f"{len(outcomes)} requests, longest stall {max(outcome.stall_s for outcome in outcomes):.2f} s")
+async def test_every_router_process_is_replaced_under_load(faults):
+    pair = faults.mesh.router("pair", [], [], metadata=faults.metadata, num_workers=2).wait_ready()
+    faults.wait_known(pair)
+    async with await faults.load("greedy", num_tokens=NUM_TOKENS, router=pair) as load:
+        await roll_router(pair)
+        await load.more(6)
+    assert pair.stop() == 0

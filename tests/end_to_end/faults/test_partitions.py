@@ -1,9 +1,11 @@
-"""F19: a network that loses everything, or cuts, between the router and one worker; health tells the truth."""
+"""F19: a network that loses everything, in one direction or both, or cuts: between the router and a worker, between
+context and generation worker, between workers and etcd; health tells the truth."""
 
 from contextlib import ExitStack
 
 import pytest
 from fault_clients import assert_same, body_of, session, stream
+from fault_mesh import KEYS, until
 from mesh import Server, wait_for
 
 from tests.fakes.tcp_proxy import TcpProxy
@@ -13,30 +15,28 @@ STALL_S = 6.0
 
 
 class Wire:
-    """A router whose way to two of the workers, one of each role, leads through proxies."""
+    """A router whose way to two of the workers, one of each role, leads through proxies: it has a list of urls."""
 
     def __init__(self, faults, name: str, stack: ExitStack) -> None:
+        self._faults = faults
         behind = (faults.contexts[0], faults.generations[0])
         self.context, self.generation = (stack.enter_context(TcpProxy(server.port)) for server in behind)
-        context, generation = (_Behind(proxy) for proxy in (self.context, self.generation))
         self.router: Server = faults.mesh.router(
-            name, [context, faults.contexts[1]], [generation, faults.generations[1]]
+            name, [self.context, faults.contexts[1]], [self.generation, faults.generations[1]]
         )
         stack.callback(self.router.kill)
         self.router.wait_ready()
         for proxy in (self.context, self.generation):
-            self.wait_state(faults, proxy, "READY")
+            self.wait_state(proxy, "READY")
         for server in (faults.contexts[1], faults.generations[1]):
             faults.wait_state(server, "READY", router=self.router)
 
-    def wait_state(self, faults, proxy: TcpProxy, state: str) -> None:
-        url = f"http://127.0.0.1:{proxy.port}"
-        wait_for(f"{url} {state}", lambda: faults.states(self.router).get(url) == state, 20.0)
-
-
-class _Behind:
-    def __init__(self, proxy: TcpProxy) -> None:
-        self.port = proxy.port
+    def wait_state(self, proxy: TcpProxy, state: str) -> None:
+        wait_for(
+            f"the worker behind port {proxy.port} {state}",
+            lambda: self._faults.state(proxy, self.router) == state,
+            20.0,
+        )
 
 
 @pytest.fixture
@@ -49,7 +49,11 @@ async def test_router_and_generation_worker(faults, stack):
     expected = await faults.expected("seeded", NUM_TOKENS)
     wire = Wire(faults, "router_far_from_generation", stack)
     proxy = wire.generation
-    breaks = {"silence": proxy.silence, "cut": proxy.cut}
+    breaks = {
+        "silence": proxy.silence,
+        "no way back": lambda: proxy.silence("down"),
+        "cut": proxy.cut,
+    }
     async with session() as client:
         for name, fault in breaks.items():
             for _ in range(2):  # round robin: one of the two goes through the proxy
@@ -61,27 +65,65 @@ async def test_router_and_generation_worker(faults, stack):
                 )
                 assert_same(outcome, expected)
                 assert outcome.stall_s < STALL_S
-            if name == "silence":
-                wire.wait_state(faults, proxy, "DOWN")
-                assert_same(await stream(client, wire.router.url, body_of("seeded", NUM_TOKENS)), expected)
+            if name != "cut":
+                wire.wait_state(proxy, "DOWN")
                 faults.wait_rest(*faults.contexts)
             proxy.heal()
-            wire.wait_state(faults, proxy, "READY")
-    assert wire.router.metric("gen_resumed_streams_total") >= 2
+            wire.wait_state(proxy, "READY")
+    assert wire.router.metric("gen_resumed_streams_total") >= len(breaks)
 
 
 async def test_router_and_context_worker(faults, stack):
     expected = await faults.expected("greedy", NUM_TOKENS)
     wire = Wire(faults, "router_far_from_context", stack)
     proxy = wire.context
-    proxy.silence()
     async with session() as client:
-        for _ in range(2):
-            assert_same(await stream(client, wire.router.url, body_of("greedy", NUM_TOKENS)), expected)
-        wire.wait_state(faults, proxy, "DOWN")
-        proxy.heal()
-        wire.wait_state(faults, proxy, "READY")
+        for ways in ((), ("down",)):
+            proxy.silence(*ways)
+            for _ in range(2):
+                assert_same(await stream(client, wire.router.url, body_of("greedy", NUM_TOKENS)), expected)
+            wire.wait_state(proxy, "DOWN")
+            proxy.heal()
+            wire.wait_state(proxy, "READY")
         proxy.refuses = True
         proxy.cut()
         for _ in range(2):
             assert_same(await stream(client, wire.router.url, body_of("greedy", NUM_TOKENS)), expected)
+
+
+async def test_one_worker_and_etcd(faults, sticky):
+    """It gets nothing new when its key has ended, what runs there goes on, and it is back by itself."""
+    expected = await faults.expected("greedy", 150)
+    _, victim = await faults.owners(sticky)
+    link = faults.etcd_links[victim]
+    resumed = faults.router.metric("gen_resumed_streams_total")
+    async with session() as client:
+
+        def on_event(number):
+            if number == 5:
+                link.silence()
+                faults.end_lease(victim)
+
+        call = stream(client, faults.router.url, body_of("greedy", 150), headers=sticky, on_event=on_event)
+        assert_same(await call, expected)
+        assert not faults.is_announced(victim)
+        faults.wait_state(victim, "DOWN")
+        assert_same(await stream(client, faults.router.url, body_of("greedy", 150)), expected)
+    link.heal()
+    faults.wait_state(victim, "READY")
+    assert faults.router.metric("gen_resumed_streams_total") == resumed
+
+
+@pytest.mark.parametrize("ways", [(), ("down",)], ids=["both ways", "no way back"])
+async def test_all_workers_and_etcd(faults, ways):
+    """The registry empties: the router keeps who still answers."""
+    async with await faults.load("greedy", num_tokens=NUM_TOKENS) as load:
+        for link in faults.etcd_links.values():
+            link.silence(*ways)
+        faults.etcd.end_leases(KEYS)
+        await load.more(6)
+        assert faults.announced() == []
+        for link in faults.etcd_links.values():
+            link.heal()
+        await until("all keys", lambda: all(map(faults.is_announced, faults.workers)))
+        await load.more(4)

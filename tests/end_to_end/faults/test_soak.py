@@ -96,7 +96,7 @@ class Soak:
             self.violations.append(f"{worker.name} ended with {code} after SIGTERM")
 
     def _is_ready(self, worker) -> bool:
-        return self.faults.states().get(worker.url) == "READY"
+        return self.faults.state(worker) == "READY"
 
     async def _watch_blocks(self) -> None:
         """Whatever happens, no block is lost or owned twice."""

@@ -32,7 +32,7 @@ async def test_generation_worker_dies_in_the_middle_of_streams(faults, sticky):
     assert victim.process.poll() is not None
     for name, outcome in zip(BODIES, outcomes, strict=True):
         assert_same(outcome, expected[name])
-    assert faults.states()[victim.url] == "DOWN"
+    assert faults.state(victim) == "DOWN"
 
 
 @pytest.mark.parametrize(
@@ -160,6 +160,24 @@ async def test_context_worker_dies_before_its_ticket_is_fetched(faults, sticky, 
         assert_same(await call, expected)
 
 
+async def test_context_worker_dies_after_its_ticket_was_fetched(faults, sticky):
+    """Nobody needs it any more."""
+    expected = await faults.expected("greedy", NUM_TOKENS)
+    victim, _ = await faults.owners(sticky)
+    resumed = faults.router.metric("gen_resumed_streams_total")
+
+    def on_event(number):
+        if number == 5:
+            victim.kill()
+
+    async with session() as client:
+        outcome = await stream(
+            client, faults.router.url, body_of("greedy", NUM_TOKENS), headers=sticky, on_event=on_event
+        )
+    assert_same(outcome, expected)
+    assert faults.router.metric("gen_resumed_streams_total") == resumed
+
+
 async def test_context_worker_restarts_on_its_port(faults, sticky):
     """The generation worker had connections to the old process: it must not mistake the new one for it."""
     expected = await faults.expected("greedy", NUM_TOKENS)
@@ -167,9 +185,10 @@ async def test_context_worker_restarts_on_its_port(faults, sticky):
     victim.kill()
     victim.start().wait_ready()
     faults.wait_state(victim, "READY")
+    again = await faults.session_of(victim, generation)
     fetches = generation.metric("diptych_kv_fetches_total")
     async with session() as client:
-        outcome = await stream(client, faults.router.url, body_of("greedy", NUM_TOKENS), headers=sticky)
+        outcome = await stream(client, faults.router.url, body_of("greedy", NUM_TOKENS), headers=again)
     assert_same(outcome, expected)
     assert generation.metric("diptych_kv_fetches_total") == fetches + 1
 
@@ -180,8 +199,10 @@ async def test_generation_worker_restarts_on_its_port(faults, sticky):
     victim.kill()
     victim.start().wait_ready()
     faults.wait_state(victim, "READY")
+    again = await faults.session_of(context, victim)
+    fetches = victim.metric("diptych_kv_fetches_total")
     async with session() as client:
-        outcome = await stream(client, faults.router.url, body_of("greedy", NUM_TOKENS), headers=sticky)
+        outcome = await stream(client, faults.router.url, body_of("greedy", NUM_TOKENS), headers=again)
     assert_same(outcome, expected)
-    assert victim.metric("diptych_kv_fetches_total") == 1
+    assert victim.metric("diptych_kv_fetches_total") == fetches + 1
     faults.wait_rest(context)

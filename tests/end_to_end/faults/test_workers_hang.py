@@ -30,7 +30,7 @@ async def test_generation_worker_hangs_in_the_middle_of_streams(faults, sticky):
     async with session() as client:
         outcomes = await asyncio.gather(*(one(client, name) for name in names))
         assert victim in faults.paused
-        assert faults.states()[victim.url] == "DOWN"
+        assert faults.state(victim) == "DOWN"
         for name, outcome in zip(names, outcomes, strict=True):
             assert_same(outcome, expected[name])
         assert max(outcome.stall_s for outcome in outcomes) < DETECTION_S + BUSY_S
