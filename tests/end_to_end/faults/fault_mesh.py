@@ -35,7 +35,11 @@ class FaultMesh:
         for server in (*self.workers, self.router):
             server.wait_ready()
         self.wait_known()
-        self.totals = {worker: sum(worker.blocks().values()) for worker in self.workers}
+        # Not at once: an engine that has just started has not said anything yet.
+        self.totals = {
+            worker: wait_for(f"{worker.name}'s blocks", lambda worker=worker: total(worker), REST_S)
+            for worker in self.workers
+        }
 
     def _worker(self, name: str, role: str, stack: ExitStack) -> Server:
         link = stack.enter_context(TcpProxy(self.etcd.port))
@@ -118,11 +122,10 @@ class FaultMesh:
 
     def assert_invariants(self) -> None:
         self.wait_rest()
-        for worker, total in self.totals.items():
-            # Not at once: an engine that has just started has not said anything yet.
+        for worker, blocks in self.totals.items():
             wait_for(
-                f"{worker.name} with {total:.0f} blocks",
-                lambda worker=worker, total=total: sum(worker.blocks().values()) == total,
+                f"{worker.name} with {blocks:.0f} blocks",
+                lambda worker=worker, blocks=blocks: total(worker) == blocks,
                 REST_S,
             )
             assert "not conserved" not in worker.log.read_text(), worker.name
@@ -191,6 +194,10 @@ class FaultMesh:
 def new_session() -> dict[str, str]:
     """Requests with these headers go to the same workers."""
     return {"X-Session-ID": secrets.token_hex(4)}
+
+
+def total(worker: Server) -> float:
+    return sum(worker.blocks().values())
 
 
 def is_at_rest(worker: Server) -> bool:

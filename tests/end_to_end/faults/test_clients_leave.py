@@ -2,12 +2,14 @@
 
 import asyncio
 import random
+from typing import Any
 
 import pytest
 from fault_clients import STORY, assert_same, body_of, session, stream
 from fault_mesh import OPTIONS, until
 
 NUM_TOKENS = 40
+PROBE_S = 2.0
 BUSY_S = 3.0  # for a machine with other work
 
 
@@ -84,8 +86,10 @@ async def test_in_the_middle_of_streams(faults):
     faults.wait_rest()
 
 
-async def storm(faults, *, clients: int, num_prompt: int, rounds: int, seed: int) -> None:
+async def storm(faults, *, clients: int, num_prompt: int, rounds: int, seed: int) -> dict[str, Any]:
     """Clients that leave at random moments, all phases among them; then an ordinary request, at once."""
+    loop = asyncio.get_running_loop()
+    probes_s: list[float] = []
     expected = await faults.expected("greedy", 8)
     rng = random.Random(seed)
     free = {worker: worker.blocks() for worker in faults.workers}
@@ -105,16 +109,31 @@ async def storm(faults, *, clients: int, num_prompt: int, rounds: int, seed: int
             broken = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
             assert not broken, broken[:3]
         async with session() as client:
+            asked = loop.time()
             probe = await asyncio.wait_for(
-                stream(client, faults.router.url, body_of("greedy", 8)), 2.0 + BUSY_S
+                stream(client, faults.router.url, body_of("greedy", 8)), PROBE_S + BUSY_S
             )
+            probes_s.append(round(loop.time() - asked, 3))
             assert_same(probe, expected)
         faults.wait_rest()
     legs = faults.router.metric("ctx_total_requests_total") - legs
     assert legs > clients * rounds / 2, "the storm did not reach the workers"
+    after = {worker: worker.blocks() for worker in faults.workers}
     for worker, before in free.items():
-        after = worker.blocks()
-        assert after["free"] + after["cached"] == before["free"] + before["cached"]
+        assert available(after[worker]) == available(before)
+    return {
+        "clients": clients,
+        "prompt_words": num_prompt,
+        "rounds": rounds,
+        "context_legs": legs,
+        "probe_s": probes_s,
+        "blocks_before": {worker.name: available(blocks) for worker, blocks in free.items()},
+        "blocks_after": {worker.name: available(blocks) for worker, blocks in after.items()},
+    }
+
+
+def available(blocks: dict[str, float]) -> float:
+    return blocks["free"] + blocks["cached"]
 
 
 async def test_a_storm_of_cancels(faults):
@@ -122,9 +141,9 @@ async def test_a_storm_of_cancels(faults):
 
 
 @pytest.mark.slow
-async def test_a_great_storm_of_cancels(faults):
+async def test_a_great_storm_of_cancels(faults, record):
     """NVIDIA/TensorRT-LLM#12313: the pool stayed full, and the server answered 200 to its health check for ever."""
-    await storm(faults, clients=300, num_prompt=2000, rounds=4, seed=2)
+    record("cancel_storm", **await storm(faults, clients=300, num_prompt=2000, rounds=4, seed=2))
 
 
 async def test_a_generation_worker_refuses_what_the_context_worker_took(faults):

@@ -1,6 +1,7 @@
-"""Random faults under load, for long: DIPTYCH_SOAK_MINUTES (30) and DIPTYCH_SOAK_SEED (1).
+"""F17: random faults under load, for long: DIPTYCH_SOAK_MINUTES (30) and DIPTYCH_SOAK_SEED (1).
 
-Never two workers of one role at a time; everything else may meet. Prints requests, faults and violations.
+Never two workers of one role at a time; everything else may meet. Writes requests, faults and violations to
+benchmarks/results/faults_soak.json.
 """
 
 import asyncio
@@ -8,14 +9,16 @@ import os
 import random
 import signal
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from fault_clients import BODIES, assert_same, body_of, session, stream
-from fault_mesh import until
+from fault_mesh import KEYS, total, until
 
 NUM_TOKENS = 60
 NUM_CLIENTS = 4
 MINUTES = float(os.environ.get("DIPTYCH_SOAK_MINUTES", "30"))
+BACK_S = 120.0
 SEED = int(os.environ.get("DIPTYCH_SOAK_SEED", "1"))
 
 
@@ -27,6 +30,7 @@ class Soak:
         self.counts: Counter[str] = Counter()
         self.violations: list[str] = []
         self.longest_stall_s = 0.0
+        self.urls = sorted(worker.url for worker in faults.workers)
         self.expected = {}
 
     async def run(self) -> None:
@@ -37,6 +41,7 @@ class Soak:
         jobs += [
             self._break(self.faults.contexts),
             self._break(self.faults.generations),
+            self._break_registry(),
             self._watch_blocks(),
         ]
         await asyncio.gather(*jobs)
@@ -81,8 +86,40 @@ class Soak:
             else:
                 await self._end(worker, kind)
                 await asyncio.to_thread(worker.start().wait_ready)
-            await until(f"{worker.name} READY", lambda worker=worker: self._is_ready(worker), 20.0)
+            await until(f"{worker.name} READY", lambda worker=worker: self._is_ready(worker), BACK_S)
             await asyncio.sleep(self.rng.uniform(0.0, 3.0))
+
+    async def _break_registry(self) -> None:
+        etcd = self.faults.etcd
+        while not self.stop.is_set():
+            kind = self.rng.choice(["killed", "wiped", "stopped", "leases ended", "out of reach"])
+            self.counts[f"etcd {kind}"] += 1
+            links = self.rng.sample([*self.faults.etcd_links.values()], 2)
+            match kind:
+                case "killed":
+                    etcd.kill()
+                case "wiped":
+                    etcd.wipe()
+                case "stopped":
+                    etcd.pause()
+                case "leases ended":
+                    await asyncio.to_thread(etcd.end_leases, KEYS)
+                case "out of reach":
+                    for link in links:
+                        link.silence()
+            await asyncio.sleep(self.rng.uniform(0.0, 12.0))  # a lease lives for 5 s
+            etcd.resume()
+            if not etcd.is_running:
+                await asyncio.to_thread(etcd.start)
+            for link in links:
+                link.heal()
+            await until("a worker of each role in etcd", self._is_announced, BACK_S)
+            await asyncio.sleep(self.rng.uniform(0.0, 6.0))
+
+    def _is_announced(self) -> bool:
+        announced = self.faults.announced()
+        roles = (self.faults.contexts, self.faults.generations)
+        return all(any(worker.url in announced for worker in role) for role in roles)
 
     async def _end(self, worker, kind: str) -> None:
         if kind == "kill -9":
@@ -101,24 +138,46 @@ class Soak:
     async def _watch_blocks(self) -> None:
         """Whatever happens, no block is lost or owned twice."""
         while not self.stop.is_set():
-            for worker, total in self.faults.totals.items():
+            for worker, blocks in self.faults.totals.items():
                 try:
-                    held = await asyncio.to_thread(lambda worker=worker: sum(worker.blocks().values()))
+                    held = await asyncio.to_thread(total, worker)
                 except AssertionError:
                     continue  # it is down
-                if held not in (0, total):  # 0: it is loading
-                    self.violations.append(f"{worker.name} has {held} blocks of {total}")
+                if held not in (0, blocks):  # 0: it is loading
+                    self.violations.append(f"{worker.name} has {held} blocks of {blocks}")
             await asyncio.sleep(1.0)
+
+
+def memory_mb(server) -> float:
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    return round(int(status.partition("VmRSS:")[2].split()[0]) / 1024, 1)
+
+
+def open_files(server) -> int:
+    return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(MINUTES * 60 + 600)
-async def test_random_faults_under_load(faults):
+async def test_random_faults_under_load(faults, record):
     soak = Soak(faults)
+    before = {"memory_mb": memory_mb(faults.router), "open_files": open_files(faults.router)}
     await soak.run()
-    faults.wait_rest()
-    resumed = faults.router.metric("gen_resumed_streams_total")
-    print(f"\n{MINUTES:g} minutes, seed {SEED}: {dict(soak.counts)}")
-    print(f"streams resumed: {resumed:.0f}; longest stall {soak.longest_stall_s:.2f} s")
-    print(f"violations: {len(soak.violations)}", *soak.violations[:20], sep="\n  ")
+    await asyncio.to_thread(faults.wait_rest)
+    faults.mend()
+    await until("every key in etcd once", lambda: sorted(faults.announced()) == soak.urls, BACK_S)
+    requests = {key: soak.counts.pop(key) for key in ("requests", "requests left by their client")}
+    record(
+        "soak",
+        minutes=MINUTES,
+        seed=SEED,
+        **requests,
+        faults=dict(sorted(soak.counts.items())),
+        streams_resumed=faults.router.metric("gen_resumed_streams_total"),
+        longest_stall_s=round(soak.longest_stall_s, 2),
+        router_before=before,
+        router_after={"memory_mb": memory_mb(faults.router), "open_files": open_files(faults.router)},
+        num_violations=len(soak.violations),
+        violations=soak.violations[:20],
+    )
     assert soak.violations == []
