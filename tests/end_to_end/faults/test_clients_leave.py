@@ -90,6 +90,7 @@ async def storm(faults, *, clients: int, num_prompt: int, rounds: int, seed: int
     """Clients that leave at random moments, all phases among them; then an ordinary request, at once."""
     loop = asyncio.get_running_loop()
     probes_s: list[float] = []
+    rests_s: list[float] = []
     expected = await faults.expected("greedy", 8)
     rng = random.Random(seed)
     free = {worker: worker.blocks() for worker in faults.workers}
@@ -115,7 +116,9 @@ async def storm(faults, *, clients: int, num_prompt: int, rounds: int, seed: int
             )
             probes_s.append(round(loop.time() - asked, 3))
             assert_same(probe, expected)
+        answered = loop.time()
         faults.wait_rest()
+        rests_s.append(round(loop.time() - answered, 3))
     legs = faults.router.metric("ctx_total_requests_total") - legs
     assert legs > clients * rounds / 2, "the storm did not reach the workers"
     after = {worker: worker.blocks() for worker in faults.workers}
@@ -127,6 +130,7 @@ async def storm(faults, *, clients: int, num_prompt: int, rounds: int, seed: int
         "rounds": rounds,
         "context_legs": legs,
         "probe_s": probes_s,
+        "blocks_back_after_the_probe_s": rests_s,
         "blocks_before": {worker.name: available(blocks) for worker, blocks in free.items()},
         "blocks_after": {worker.name: available(blocks) for worker, blocks in after.items()},
     }
