@@ -169,11 +169,13 @@ class FaultMesh:
         (generation,) = [worker for worker in self.generations if _served(worker, request_id)]
         return context, generation
 
-    async def session_of(self, context: Server, generation: Server) -> dict[str, str]:
+    async def session_of(
+        self, context: Server, generation: Server, router: Server | None = None
+    ) -> dict[str, str]:
         """The header of a session that these two get now: a restart changes whose it is."""
         for _ in range(40):
             headers = new_session()
-            if await self.owners(headers) == (context, generation):
+            if await self.owners(headers, router) == (context, generation):
                 return headers
         raise AssertionError(f"no session of {context.name} and {generation.name}")
 
