@@ -101,6 +101,7 @@ class Pool:
             worker.facts = None
             worker.allowance = 1
             worker.kick.set()
+            self._drop_unannounced()
             self._note_change()
 
     async def wait_until(self, condition: Callable[["Pool"], bool], timeout_s: float) -> bool:

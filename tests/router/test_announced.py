@@ -92,18 +92,22 @@ async def test_a_registry_that_loses_everybody_does_not_end_the_service(context,
         assert await pool.wait_until(lambda pool: ids(pool.ready("CONTEXT")) == ["c0"], 5.0)
 
 
-@pytest.mark.parametrize("end", ["DRAINING", "stopped"])
-async def test_the_last_of_a_role_is_gone_when_it_does_not_take_legs_any_more(context, end):
+@pytest.mark.parametrize("end", ["DRAINING", "stopped", "lost"])
+async def test_the_last_of_a_role_is_gone_when_it_does_not_take_legs_any_more(context, generation, end):
     registry = StaticRegistry()
     async with Pool(registry, QUICK) as pool:
         lease = await registry.register(info(context))
         assert await pool.wait_until(lambda pool: bool(pool.ready("CONTEXT")), 5.0)
         await lease.close()
+        await registry.register(info(generation))  # the snapshot after that has come
+        assert await pool.wait_until(lambda pool: ids(pool.workers) == ["c0", "g0"], 5.0)
         if end == "stopped":
             await context.stop()
+        elif end == "lost":
+            pool.report_lost(pool.workers[0], WorkerLost("a leg broke off"))
         else:
             context.script.state = end
-        assert await pool.wait_until(lambda pool: not pool.workers, 5.0)
+        assert await pool.wait_until(lambda pool: ids(pool.workers) == ["g0"], 5.0)
 
 
 async def test_a_leg_on_a_dropped_worker_that_hangs_is_given_up(context, spare_context):
