@@ -16,7 +16,7 @@ from mesh import Mesh, Server, get, wait_for
 from tests.fakes.tcp_proxy import TcpProxy
 
 # One thread each, for machines with two cores; a pool whose size does not depend on who else needs memory.
-OPTIONS = {"num_threads": 1, "drain_timeout_s": 30, "kv_cache_config": {"max_tokens": 16384}}
+OPTIONS = {"num_threads": 1, "drain_timeout_s": 30, "kv_cache_config": {"max_tokens": 8192}}
 KEYS = "/trtllm/default/workers/"
 # Blocks are back so soon after the last request or the last fault: 2 s, more on a machine with other work.
 # Whatever waited for its lease's end would take 30 s.
