@@ -13,8 +13,8 @@ from types import TracebackType
 
 from diptych.router.exchange import Exchange
 from diptych.router.leg import Leg
-from diptych.router.pool import WorkerView
 from diptych.router.routing import Route
+from diptych.router.worker_view import WorkerView
 
 
 class EarlyLeg:
