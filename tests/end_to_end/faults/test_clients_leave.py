@@ -93,6 +93,7 @@ async def storm(faults, *, clients: int, num_prompt: int, rounds: int, seed: int
     rests_s: list[float] = []
     expected = await faults.expected("greedy", 8)
     rng = random.Random(seed)
+    faults.wait_rest()
     free = {worker: worker.blocks() for worker in faults.workers}
     legs = faults.router.metric("ctx_total_requests_total")
     for _ in range(rounds):
