@@ -12,7 +12,7 @@ from fault_clients import COMPLETION, STORY, session
 from fault_mesh import OPTIONS
 
 from diptych.transceiver import ticket as tickets
-from diptych.transceiver.tcp import TcpRegion
+from diptych.transceiver.wires import StreamRegion
 from tests.fakes.tcp_proxy import TcpProxy
 
 BODY = {"prompt": STORY * 20, "max_tokens": 16, "temperature": 0, "ignore_eos": True}
@@ -44,7 +44,7 @@ async def context_leg(client, worker) -> tuple[dict, tickets.Ticket]:
 
 
 async def generation_leg(client, worker, answer: dict, ticket: tickets.Ticket, proxy: TcpProxy) -> str:
-    region = msgspec.msgpack.decode(ticket.transports["tcp"], type=TcpRegion)
+    region = msgspec.msgpack.decode(ticket.transports["tcp"], type=StreamRegion)
     region = msgspec.structs.replace(region, port=proxy.port)
     detour = msgspec.structs.replace(
         ticket, port=proxy.port, transports={"tcp": msgspec.msgpack.encode(region)}
