@@ -158,7 +158,7 @@ def _build(settings: EngineSettings, link: EngineLink) -> "Engine[Any]":
 
 
 class _ProgressBar:
-    """Tells the parent about every twentieth of what takes long."""
+    """Tells the parent what begins, and about every twentieth of it."""
 
     def __init__(self, link: EngineLink) -> None:
         self._link = link
@@ -166,10 +166,8 @@ class _ProgressBar:
         self._shown = 0.0
 
     def __call__(self, message: str, fraction: float) -> None:
-        if message != self._message:
-            self._message, self._shown = message, 0.0
-        if fraction - self._shown >= _PROGRESS_STEP:
-            self._shown = fraction
+        if message != self._message or fraction - self._shown >= _PROGRESS_STEP:
+            self._message, self._shown = message, fraction
             self._link.send(EngineProgress(message=message, fraction=fraction))
 
 
