@@ -102,6 +102,24 @@ def serve(model: str, **options: Any) -> None:
 
 
 @main.command()
+@click.argument("model")
+@serve_options
+def warmup(model: str, **options: Any) -> None:
+    """Compile and cache what serving MODEL with these options needs; its weights are not read."""
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    logs.configure(given.get("log_level", "warning"))
+    _places(given)
+
+    from diptych.config import load_llm_config
+    from diptych.worker.warmup import run
+
+    for name in ("grpc", "telemetry"):
+        given.pop(name, None)
+    ready = run(load_llm_config(model, given, given.pop("config_file", None)), click.echo)
+    click.echo(f"{ready.kernel} kernels are ready, in {ready.load_s:.1f} s")
+
+
+@main.command()
 @option("--config_file", "--config", "-c", "config_file", required=True, help="The disaggregated YAML file.")
 @option("--metadata_server_config_file", "-m", help="YAML file that says where etcd is.")
 @option("--server_start_timeout", "-t", type=click.FloatRange(min=0, min_open=True), help="Seconds [180].")

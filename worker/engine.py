@@ -1,12 +1,14 @@
 """The step loop: messages in, one plan, one model step, events out; beside it the transceiver moves blocks.
 
+With overlap, a step is launched before the last one's tokens are read: the device never waits for the host.
 It runs in one thread and owns the scheduler, so nothing here is locked. It does not know HTTP, text or the model.
 """
 
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import msgspec
 
@@ -49,20 +51,36 @@ class Link(Protocol):
     def send(self, message: FromEngine) -> None: ...
 
 
-class Runner(Protocol):
-    """`run` returns when the step is over: peers may read what it computed."""
-
-    def run(self, plan: StepPlan) -> list[Drawn | str]: ...
+L = TypeVar("L")
 
 
-class Engine:
+class Runner(Protocol[L]):
+    """`launch` starts a step; `collect` waits for it, after which peers may read what it computed, and says what
+    each drawing chunk drew, or why nothing.
+    """
+
+    def launch(self, plan: StepPlan) -> L: ...
+    def collect(self, launched: L) -> list[Drawn | str]: ...
+    def needs_tokens(self, plan: StepPlan) -> bool:
+        """Whether all earlier steps must be committed before this one is launched."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Step(Generic[L]):
+    plan: StepPlan
+    launched: L
+
+
+class Engine(Generic[L]):
     def __init__(
         self,
         link: Link,
         scheduler: Scheduler,
-        runner: Runner,
+        runner: Runner[L],
         transceiver: Transceiver,
         *,
+        overlap: bool = False,
         collect_iterations: bool = False,
         follow_patience_s: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
@@ -71,11 +89,13 @@ class Engine:
         self._scheduler = scheduler
         self._runner = runner
         self._transceiver = transceiver
+        self._overlap = overlap
         self._collect_iterations = collect_iterations
         self._clock = clock
         self._announcer = Announcer(transceiver, scheduler.limits.tokens_per_block)
         self._following = Following(scheduler, transceiver, patience_s=follow_patience_s)
         self._fetches: dict[int, str] = {}  # fetch id -> request id
+        self._under_way: _Step[L] | None = None
         self._tickets = 0  # open leases
         self._steps = 0
         self._checked = True
@@ -106,13 +126,12 @@ class Engine:
             assert ticket is not None
             fetch_id = self._transceiver.fetch(ticket, fetch.source_indices, fetch.destination_blocks)
             self._fetches[fetch_id] = fetch.sequence.id
-        events = [*followed, *plan.events]
-        if plan.chunks:
-            events += self._compute(plan)
+        was_busy = self._under_way is not None
+        events = [*followed, *plan.events, *self._compute(plan)]
         self._send(events, plan, started)  # a first token to its client before all else
         for event in events:
             self._announcer.note(event)
-        if plan.chunks or events:
+        if plan.chunks or events or was_busy:
             self._checked = False
             return 0.0
         if self._scheduler.has_work or self._fetches or self._tickets or len(self._following):
@@ -178,11 +197,24 @@ class Engine:
                     self._scheduler.unlease(event.block_ids)
 
     def _compute(self, plan: StepPlan) -> Iterator[TokenEvent]:
-        self._announcer.tell(plan.chunks)
-        drawn = self._runner.run(plan)
-        commit: Commit = self._scheduler.commit(plan, drawn, self._clock())
+        """Launches the plan; what the step before it brought, or the plan's own events without overlap."""
+        before, self._under_way = self._under_way, None
+        if before is not None and (not plan.chunks or self._runner.needs_tokens(plan)):
+            yield from self._finish(before)
+            before = None
+        if plan.chunks:
+            self._announcer.tell(plan.chunks)
+            self._under_way = _Step(plan, self._runner.launch(plan))
+        if before is not None:
+            yield from self._finish(before)
+        if self._under_way is not None and not self._overlap:
+            step, self._under_way = self._under_way, None
+            yield from self._finish(step)
+
+    def _finish(self, step: _Step[L]) -> Iterator[TokenEvent]:
+        commit: Commit = self._scheduler.commit(step.plan, self._runner.collect(step.launched), self._clock())
         self._steps += 1
-        self._announcer.tell(plan.chunks)
+        self._announcer.tell(step.plan.chunks)
         yield from commit.events
         for offer in commit.offers:
             yield self._offer(offer)

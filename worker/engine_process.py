@@ -11,12 +11,12 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from diptych import logs
-from diptych.errors import DiptychError, ModelLoadError, StartupError
+from diptych.errors import StartupError
 from diptych.kv_layout import KvLayout
 from diptych.model_source import model_digest
 from diptych.wire import EngineFailed, EngineProgress, EngineReady
@@ -28,8 +28,6 @@ from diptych.worker.settings import EngineSettings
 
 if TYPE_CHECKING:
     from diptych.worker.engine import Engine
-    from diptych.worker.models.build import Model
-    from diptych.worker.models.config import ModelConfig
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +65,7 @@ def _die_with_parent() -> None:
         sys.exit(1)
 
 
-def _build(settings: EngineSettings, link: EngineLink) -> "Engine":
+def _build(settings: EngineSettings, link: EngineLink) -> "Engine[Any]":
     started = time.monotonic()
     link.send(EngineProgress(message="importing torch"))
     import torch
@@ -76,41 +74,41 @@ def _build(settings: EngineSettings, link: EngineLink) -> "Engine":
     from diptych.transceiver.settings import TransceiverSettings
     from diptych.transceiver.ticket import encode_rank
     from diptych.transceiver.transceiver import Transceiver
+    from diptych.worker.computer import load_computer
     from diptych.worker.engine import Engine
-    from diptych.worker.runner import ModelRunner
-    from diptych.worker.sampler import Sampler
+    from diptych.worker.models.loader import load_config
 
     require_device(settings.device)
     torch.set_num_threads(settings.num_threads)
     torch.set_grad_enabled(False)
     path = Path(settings.model_path)
-    config, model = _load(settings, path, link)
+    config = load_config(path)
+    show = _ProgressBar(link)
+    computer = load_computer(settings, config, show)
     layout = KvLayout(
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         tokens_per_block=settings.tokens_per_block,
-        dtype=model.kv_dtype,
-        inner=model.inner,
+        dtype=computer.kv_dtype,
+        inner=computer.inner,
         model="dummy" if settings.load_format == "dummy" else model_digest(path),
     )
-    count = num_blocks(settings, layout)
+    count = num_blocks(settings, layout, reserved_bytes=computer.reserved_bytes())
     link.send(EngineProgress(message=f"allocating {count} KV blocks"))
     memory, tensor = create_pool(settings, layout, count)
-    model.bind(tensor)
     max_seq_len = min(
         settings.max_seq_len or config.max_position_embeddings,
         config.max_position_embeddings,
         count * layout.tokens_per_block,
     )
-    eos = frozenset(config.eos_token_ids)
     limits = SchedulerLimits(
         max_batch_size=settings.max_batch_size,
         max_num_tokens=settings.max_num_tokens,
         max_seq_len=max_seq_len,
         tokens_per_block=layout.tokens_per_block,
         capacity_policy=settings.capacity_policy,
-        eos_token_ids=eos,
+        eos_token_ids=frozenset(config.eos_token_ids),
     )
     pool = BlockPool(count, reuse=settings.enable_block_reuse, generations=memory.generations)
     transceiver = Transceiver(
@@ -133,8 +131,9 @@ def _build(settings: EngineSettings, link: EngineLink) -> "Engine":
     engine = Engine(
         link,
         Scheduler(limits, pool),
-        ModelRunner(model, Sampler(eos)),
+        computer.start(tensor, max_seq_len, show),
         transceiver,
+        overlap=settings.overlap and computer.overlaps,
         collect_iterations=settings.iteration_stats,
         follow_patience_s=settings.kv_transfer_timeout_s,
     )
@@ -151,47 +150,25 @@ def _build(settings: EngineSettings, link: EngineLink) -> "Engine":
             max_batch_size=settings.max_batch_size,
             kv_peer=encode_rank(transceiver.describe()),
             kv_endpoint=transceiver.endpoint,
-            kernel=model.kernel_name,
+            kernel=computer.kernel_name,
             load_s=time.monotonic() - started,
         )
     )
     return engine
 
 
-def _load(settings: EngineSettings, path: Path, link: EngineLink) -> "tuple[ModelConfig, Model]":
-    import torch
+class _ProgressBar:
+    """Tells the parent what begins, and about every twentieth of it."""
 
-    from diptych.worker.models.build import build_model
-    from diptych.worker.models.loader import dummy_weights, load_config, load_weights
+    def __init__(self, link: EngineLink) -> None:
+        self._link = link
+        self._message = ""
+        self._shown = 0.0
 
-    shown = 0.0
-
-    def progress(fraction: float) -> None:
-        nonlocal shown
-        if fraction - shown >= _PROGRESS_STEP:
-            shown = fraction
-            link.send(EngineProgress(message="loading weights", fraction=fraction))
-
-    try:
-        config = load_config(path)
-        if settings.load_format == "dummy":
-            weights = dummy_weights(config)
-        else:
-            weights = load_weights(path, config, progress)
-        model = build_model(
-            config,
-            weights,
-            torch.device(settings.device),
-            kernel=settings.kernel,
-            num_threads=settings.num_threads,
-            tokens_per_block=settings.tokens_per_block,
-        )
-    except DiptychError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        log.exception("loading %s failed", path)
-        raise ModelLoadError(f"cannot load the model at {path}: {type(error).__name__}: {error}") from error
-    return config, model
+    def __call__(self, message: str, fraction: float) -> None:
+        if message != self._message or fraction - self._shown >= _PROGRESS_STEP:
+            self._message, self._shown = message, fraction
+            self._link.send(EngineProgress(message=message, fraction=fraction))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ _DEFAULT_CPU_POOL_BYTES = 512 << 20
 _ON_GPU = {"shm": "cuda_ipc"}
 
 
-def num_blocks(settings: EngineSettings, layout: KvLayout) -> int:
-    available = _available_bytes(settings.device)
+def num_blocks(settings: EngineSettings, layout: KvLayout, *, reserved_bytes: int = 0) -> int:
+    """`reserved_bytes` of the free memory are for the steps."""
+    available = max(0, _available_bytes(settings.device) - reserved_bytes)
     if settings.max_kv_tokens is not None:
         wanted = -(-settings.max_kv_tokens // layout.tokens_per_block)
     else:

@@ -20,7 +20,15 @@ class ModelRunner:
         self._model = model
         self._sampler = sampler
 
-    def run(self, plan: StepPlan) -> list[Drawn | str]:
+    def needs_tokens(self, plan: StepPlan) -> bool:
+        return True
+
+    def collect(self, launched: list[Drawn | str]) -> list[Drawn | str]:
+        return launched
+
+    @torch.inference_mode()  # what a model made in it may only be changed in it
+    def launch(self, plan: StepPlan) -> list[Drawn | str]:
+        """The whole step: there is nothing to wait for afterwards."""
         logits = self._model.forward(build_batch(plan.chunks))
         rows = [_row(chunk) for chunk in plan.chunks if chunk.draws]
         at = len(rows)

@@ -7,6 +7,10 @@ fetched KV, preemption and resuming.
     add, abort, fetch_done, fetch_failed   things that happened
     plan(now) -> StepPlan                  chunks to compute, fetches to start, sequences that ended meanwhile
     commit(plan, tokens) -> Commit         the step's tokens in; events out, and which blocks to offer to a peer
+
+Plans may be made before the last ones are committed, in whose order commits then come: what a step under way draws
+counts as known. A sequence that such a step turns out to have ended has its next one computed in vain; its blocks come
+back when that is committed.
 """
 
 from collections import OrderedDict
@@ -37,7 +41,10 @@ class SchedulerLimits:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Compute ``sequence.tokens[start : start + count]``; draw a token if that closes the gap."""
+    """Compute ``sequence.tokens[start : start + count]``; draw a token if that closes the gap.
+
+    The last of these tokens may be what a step under way draws.
+    """
 
     sequence: Sequence
     start: int
@@ -91,6 +98,10 @@ class Commit:
     offers: list[Offer]
 
 
+class _StepsUnderWay(Exception):
+    """What would have to be preempted is in a step that is not committed yet."""
+
+
 class Scheduler:
     def __init__(self, limits: SchedulerLimits, pool: BlockPool) -> None:
         self.limits = limits
@@ -102,6 +113,7 @@ class Scheduler:
         self._waiting: OrderedDict[str, Sequence] = OrderedDict()
         self._fetching: dict[str, Sequence] = {}
         self._running: OrderedDict[str, Sequence] = OrderedDict()  # in order of admission
+        self._leaving: set[Sequence] = set()  # ended, and steps with them are under way
         self._computing: dict[bytes, Sequence] = {}  # prompt blocks on their way into the prefix cache
         self._ended: list[TokenEvent] = []
         self._telling_budget = 0  # tokens left in this step for prompts that tell their logits
@@ -131,7 +143,7 @@ class Scheduler:
     def fetch_done(self, request_id: str, times: SequenceTimes, now: float) -> None:
         sequence = self._leave_fetching(request_id)
         if sequence is not None:
-            sequence.num_computed = sequence.num_prompt
+            sequence.start_at(sequence.num_prompt)
             sequence.fetched_at = now
             sequence.fetch_times = times
             self._publish(sequence)
@@ -180,11 +192,21 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan:
         self._expire(now)
         chunks: list[Chunk] = []
+        fetches: list[Fetch] = []
         preemptions = self.num_preemptions
         self._telling_budget = _MAX_TELLING
-        budget = self._plan_running(chunks)
-        # After a preemption nothing is admitted in the same step: it would take the blocks just won.
-        fetches = self._admit(chunks, budget, now) if self.num_preemptions == preemptions else []
+        try:
+            budget = self._plan_running(chunks)
+            # After a preemption nothing is admitted in the same step: it would take the blocks just won.
+            if self.num_preemptions == preemptions:
+                fetches = self._admit(chunks, budget, now)
+        except _StepsUnderWay:
+            chunks = []  # the next plan, after their commits, can preempt
+        for chunk in chunks:
+            sequence = chunk.sequence
+            sequence.num_scheduled = chunk.start + chunk.count
+            sequence.num_unread += chunk.draws
+            sequence.num_steps += 1
         events, self._ended = self._ended, []
         return StepPlan(chunks, fetches, events)
 
@@ -195,10 +217,16 @@ class Scheduler:
         tokens = iter(drawn)
         for chunk in plan.chunks:
             sequence = chunk.sequence
+            sequence.num_steps -= 1
+            token = next(tokens) if chunk.draws else None
+            if sequence.status is not Status.RUNNING:
+                self._leave(sequence)
+                continue
             sequence.num_computed = chunk.start + chunk.count
             self._publish(sequence)
-            if chunk.draws:
-                self._commit_token(sequence, next(tokens), now, events, offers)
+            if token is not None:
+                sequence.num_unread -= 1
+                self._commit_token(sequence, token, now, events, offers)
         ended, self._ended = self._ended, []
         return Commit(events + ended, offers)
 
@@ -206,7 +234,8 @@ class Scheduler:
         """Raise AssertionError unless blocks are conserved and owned as the sequences say, or by `others`."""
         self.pool.check()
         held = dict.fromkeys(others, 1)
-        for sequence in (*self._waiting.values(), *self._fetching.values(), *self._running.values()):
+        groups = (self._waiting, self._fetching, self._running)
+        for sequence in (*self._leaving, *(sequence for group in groups for sequence in group.values())):
             for block in sequence.blocks:
                 held[block] = held.get(block, 0) + 1
         assert len(held) == self.pool.counts().active, "active blocks without a sequence"
@@ -296,7 +325,7 @@ class Scheduler:
         size = self.limits.tokens_per_block
         self.pool.take(matched)
         sequence.blocks = list(matched)
-        sequence.num_computed = len(matched) * size
+        sequence.start_at(len(matched) * size)
         sequence.num_published = len(matched)
         if sequence.num_cached is None:
             sequence.num_cached = min(sequence.num_computed, sequence.num_prompt)
@@ -332,7 +361,8 @@ class Scheduler:
         for sequence in sorted(self._running.values(), key=lambda sequence: sequence.num_pending > 1):
             if budget <= 0:
                 break
-            if sequence.status is Status.RUNNING:  # not preempted by an earlier one
+            # Not preempted by an earlier one, and not over with what is under way.
+            if sequence.status is Status.RUNNING and not self._is_last_unread(sequence):
                 budget = self._plan_chunk(sequence, chunks, budget)
         return budget
 
@@ -342,7 +372,7 @@ class Scheduler:
             count = min(count, self._telling_budget)
             if count == 0:
                 return budget
-        needed = self._blocks_for(sequence.num_computed + count) - len(sequence.blocks)
+        needed = self._blocks_for(sequence.num_scheduled + count) - len(sequence.blocks)
         if needed > 0:
             new = self.pool.allocate(needed)
             while new is None and self._preempt_after(sequence, chunks):
@@ -353,8 +383,8 @@ class Scheduler:
             sequence.blocks += new
         if sequence.tells_prompt:
             self._telling_budget -= count
-        start = sequence.num_computed
-        chunks.append(Chunk(sequence, start, count, draws=start + count == len(sequence.tokens)))
+        start = sequence.num_scheduled
+        chunks.append(Chunk(sequence, start, count, draws=start + count == sequence.num_known))
         return budget - count
 
     def _preempt_after(self, sequence: Sequence, chunks: list[Chunk]) -> bool:
@@ -368,12 +398,24 @@ class Scheduler:
                 return True
         return False
 
+    def _is_last_unread(self, sequence: Sequence) -> bool:
+        """Whether a token that is not read yet ends the sequence, whatever it is."""
+        request, unread = sequence.request, sequence.num_unread
+        if not unread:
+            return False
+        if request.request_type == "context_only":
+            return True
+        at_most = min(sequence.num_prompt + request.params.max_tokens, self.limits.max_seq_len)
+        return sequence.num_known >= at_most
+
     def _preempt(self, sequence: Sequence) -> None:
+        if sequence.num_steps:
+            raise _StepsUnderWay
         self.num_preemptions += 1
         self._drop_blocks(sequence)
         self._running.pop(sequence.id, None)
         sequence.status = Status.WAITING
-        sequence.num_computed = 0
+        sequence.start_at(0)
         sequence.prompt_logprobs = []
         self._waiting[sequence.id] = sequence
         self._waiting.move_to_end(sequence.id, last=False)
@@ -460,10 +502,18 @@ class Scheduler:
             self._forget(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
-        self._drop_blocks(sequence)
         self._waiting.pop(sequence.id, None)
         self._running.pop(sequence.id, None)
-        sequence.status = Status.FINISHED
+        sequence.status = Status.DRAINING
+        self._leaving.add(sequence)
+        self._leave(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """The end, unless a step under way still writes into the blocks."""
+        if not sequence.num_steps:
+            self._leaving.remove(sequence)
+            self._drop_blocks(sequence)
+            sequence.status = Status.FINISHED
 
     def _drop_blocks(self, sequence: Sequence) -> None:
         for block_hash in sequence.hashes[sequence.num_published :]:

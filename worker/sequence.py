@@ -5,7 +5,7 @@ WAITING ──> RUNNING ──> FINISHED
    ▼  └────────┘ preempted
 FETCHING ──> RUNNING          its prompt's KV is on the way
    │
-   └──> DRAINING ──> FINISHED aborted while a copy may still write into its blocks
+   └──> DRAINING ──> FINISHED ended while a copy or a step may still write into its blocks
 """
 
 import enum
@@ -25,7 +25,11 @@ class Status(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """`tokens[:num_computed]` have their KV in `blocks`; the rest is what the next steps must compute."""
+    """`tokens[:num_computed]` have their KV in `blocks`; the rest is what the next steps must compute.
+
+    Steps may be under way: when they are done, `num_scheduled` tokens have their KV, and `num_unread` more tokens are
+    known than now.
+    """
 
     request: Submit
     arrival: float  # the scheduler's clock, seconds
@@ -33,6 +37,9 @@ class Sequence:
     tokens: list[int] = field(init=False)
     status: Status = Status.WAITING
     num_computed: int = 0
+    num_scheduled: int = 0
+    num_unread: int = 0
+    num_steps: int = 0  # under way
     num_cached: int | None = None  # prompt tokens found in the prefix cache at the first admission
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)  # of the full blocks of `tokens`, as far as needed yet
@@ -68,9 +75,18 @@ class Sequence:
         return self.request.params.prompt_logprobs and not self.first_token_sent and not is_second_leg
 
     @property
+    def num_known(self) -> int:
+        """Tokens, those included that steps under way draw."""
+        return len(self.tokens) + self.num_unread
+
+    @property
     def num_pending(self) -> int:
-        """Known tokens without KV."""
-        return len(self.tokens) - self.num_computed
+        """Known tokens whose KV no step computes yet."""
+        return self.num_known - self.num_scheduled
+
+    def start_at(self, num_computed: int) -> None:
+        """So many tokens have their KV in `blocks`, and no step is under way."""
+        self.num_computed = self.num_scheduled = num_computed
 
     @property
     def deadline(self) -> float | None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import os
 import secrets
 import socket
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diptych import __version__, block_hash
-from diptych.config import Hardware, LlmConfig, resolve_limits
+from diptych.config import LlmConfig, resolve_limits
 from diptych.errors import ModelNotFound, Overloaded, Unavailable
 from diptych.model_source import resolve_model
 from diptych.text import Tokenizer
@@ -22,10 +21,9 @@ from diptych.wire import EngineProgress, EngineReady, EngineStats, Role, WorkerS
 from diptych.worker.engine_client import EngineClient
 from diptych.worker.handed_out import HandedOut
 from diptych.worker.hardware import detect
-from diptych.worker.kv_backend import choose_transports
 from diptych.worker.kv_events import KvEventFeed, TrtBuffer
 from diptych.worker.metrics import WorkerMetrics
-from diptych.worker.settings import EngineSettings
+from diptych.worker.settings import engine_settings
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +64,11 @@ class WorkerService:
         log.info("%s: %s", self.config.model_name, limits)
         self._max_batch_size = limits.max_batch_size
         path = await asyncio.to_thread(resolve_model, self.config.model, self.config.revision)
-        self._engine = EngineClient(self._settings(path, hardware))
+        self._engine = EngineClient(
+            engine_settings(
+                self.config, path, hardware, incarnation=self.incarnation, secret=self.trust.secret
+            )
+        )
         self._engine.on_iteration = self._keep_iteration
         tokenizer_path = path
         if self.config.tokenizer is not None:
@@ -266,36 +268,6 @@ class WorkerService:
         if text != self._progress_shown:
             self._progress_shown = text
             log.info("%s", text)
-
-    def _settings(self, path: Path, hardware: Hardware) -> EngineSettings:
-        config, limits = self.config, resolve_limits(self.config, hardware)
-        kv, transfer = config.kv_cache_config, config.cache_transceiver_config
-        transports = choose_transports(transfer.backend, os.environ)
-        timeout_ms = transfer.kv_transfer_timeout_ms
-        return EngineSettings(
-            model_path=str(path),
-            incarnation=self.incarnation,
-            device=limits.device,
-            load_format=config.load_format,
-            num_threads=limits.num_threads,
-            tokens_per_block=kv.tokens_per_block,
-            max_kv_tokens=kv.max_tokens,
-            kv_memory_fraction=kv.free_gpu_memory_fraction,
-            enable_block_reuse=kv.enable_block_reuse,
-            max_batch_size=limits.max_batch_size,
-            max_num_tokens=limits.max_num_tokens,
-            max_seq_len=config.max_seq_len,
-            capacity_policy=config.scheduler_config.capacity_scheduler_policy,
-            transports=transports.required,
-            optional_transports=transports.optional,
-            measure_transports=not transports.named,
-            max_tokens_in_flight=transfer.max_tokens_in_buffer,
-            transceiver_host=config.host,
-            secret=self.trust.secret,
-            kv_transfer_timeout_s=60.0 if timeout_ms is None else timeout_ms / 1000,
-            iteration_stats=config.enable_iter_perf_stats,
-            log_level=config.log_level,
-        )
 
 
 def _load_tokenizer(path: Path) -> Tokenizer:

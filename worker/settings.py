@@ -1,9 +1,13 @@
 """What an engine process is told at its start, resolved: no "auto" is left except the number of KV blocks."""
 
+import os
+from pathlib import Path
 from typing import Literal
 
 import msgspec
 
+from diptych.config import Hardware, LlmConfig, resolve_limits
+from diptych.worker.kv_backend import choose_transports
 from diptych.worker.scheduler import CapacityPolicy
 
 
@@ -21,6 +25,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_size: int = 64
     max_num_tokens: int = 512
     max_seq_len: int | None = None  # None: the model's
+    overlap: bool = True  # launch a step before the last one's tokens are read, where the kernels can
     capacity_policy: CapacityPolicy = "GUARANTEED_NO_EVICT"
     transports: tuple[str, ...] = ("shm", "tcp")
     optional_transports: tuple[str, ...] = ()  # left out when they do not work here
@@ -32,3 +37,38 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     lease_s: float = 30.0
     iteration_stats: bool = False
     log_level: str = "info"
+
+
+def engine_settings(
+    config: LlmConfig, path: Path, hardware: Hardware, *, incarnation: str, secret: str | None
+) -> EngineSettings:
+    """For a worker's config, on this hardware; `path` is where the model is."""
+    limits = resolve_limits(config, hardware)
+    kv, transfer = config.kv_cache_config, config.cache_transceiver_config
+    transports = choose_transports(transfer.backend, os.environ)
+    timeout_ms = transfer.kv_transfer_timeout_ms
+    return EngineSettings(
+        model_path=str(path),
+        incarnation=incarnation,
+        device=limits.device,
+        load_format=config.load_format,
+        num_threads=limits.num_threads,
+        tokens_per_block=kv.tokens_per_block,
+        max_kv_tokens=kv.max_tokens,
+        kv_memory_fraction=kv.free_gpu_memory_fraction,
+        enable_block_reuse=kv.enable_block_reuse,
+        max_batch_size=limits.max_batch_size,
+        max_num_tokens=limits.max_num_tokens,
+        max_seq_len=config.max_seq_len,
+        overlap=not config.disable_overlap_scheduler,
+        capacity_policy=config.scheduler_config.capacity_scheduler_policy,
+        transports=transports.required,
+        optional_transports=transports.optional,
+        measure_transports=not transports.named,
+        max_tokens_in_flight=transfer.max_tokens_in_buffer,
+        transceiver_host=config.host,
+        secret=secret,
+        kv_transfer_timeout_s=60.0 if timeout_ms is None else timeout_ms / 1000,
+        iteration_stats=config.enable_iter_perf_stats,
+        log_level=config.log_level,
+    )

@@ -68,6 +68,7 @@ class LlmConfig:
     max_beam_width: PositiveInt = 1
     enable_chunked_prefill: bool = True
     stream_interval: PositiveInt = 1
+    disable_overlap_scheduler: bool = False
     kv_cache_config: KvCacheConfig = field(default_factory=KvCacheConfig)
     scheduler_config: SchedulerConfig = field(default_factory=SchedulerConfig)
     cache_transceiver_config: CacheTransceiverConfig = field(default_factory=CacheTransceiverConfig)

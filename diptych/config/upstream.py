@@ -25,7 +25,6 @@ NO_EFFECT: frozenset[str] = frozenset(
         "cuda_graph_config",
         "custom_module_dirs",
         "custom_tokenizer",
-        "disable_overlap_scheduler",
         "dtype",
         "enable_attention_dp",
         "enable_autotuner",
@@ -81,7 +80,6 @@ NO_EFFECT: frozenset[str] = frozenset(
 # These are the defaults or ask for nothing: no reason to warn.
 _SILENT: Mapping[str, tuple[Any, ...]] = {
     "backend": ("pytorch", None),
-    "disable_overlap_scheduler": (True, False),
     "kv_cache_config.enable_partial_reuse": (False,),
 }
 # Our own fields that nothing acts on yet, with the values that ask for nothing else than what happens.

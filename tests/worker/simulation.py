@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from diptych.wire import Logprob, SamplingParams, SequenceTimes, Submit, TokenEvent
 from diptych.worker.blocks import BlockPool
-from diptych.worker.scheduler import Drawn, Fetch, Scheduler, SchedulerLimits
+from diptych.worker.scheduler import Drawn, Fetch, Scheduler, SchedulerLimits, StepPlan
+from diptych.worker.sequence import Sequence
 
 VOCAB = 50
 
@@ -36,12 +37,15 @@ class Simulation:
     max_batch_size: int = 4
     max_seq_len: int = 40
     policy: str = "GUARANTEED_NO_EVICT"
+    overlap: bool = False  # a plan is made before the last one is committed
     now: float = 0.0
     events: dict[str, list[TokenEvent]] = field(default_factory=dict)
     fetches: list[Fetch] = field(default_factory=list)
     leases: list[list[int]] = field(default_factory=list)
     telling: list[int] = field(default_factory=list)  # rows of each step that told of a prompt
     held_elsewhere: Callable[[], list[int]] = list  # active blocks that belong to no sequence
+    under_way: tuple[StepPlan, list[Drawn]] | None = None
+    unread: dict[Sequence, list[int]] = field(default_factory=dict)  # drawn on the device, not committed
 
     def __post_init__(self) -> None:
         limits = SchedulerLimits(
@@ -62,11 +66,14 @@ class Simulation:
         max_tokens: int = 5,
         *,
         tells: bool = False,
+        stop: int = VOCAB,
         **fields: object,
     ) -> None:
         """`tells`: with the prompt's log probabilities."""
         self.events[request_id] = []
-        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, prompt_logprobs=tells)
+        params = SamplingParams(
+            max_tokens=max_tokens, temperature=0.0, prompt_logprobs=tells, stop_token_ids=(stop,)
+        )
         submit = Submit(request_id=request_id, prompt_token_ids=prompt, params=params, **fields)  # type: ignore[arg-type]
         self.scheduler.add(submit, self.now)
 
@@ -77,26 +84,44 @@ class Simulation:
         self.fetches += plan.fetches
         assert sum(chunk.count for chunk in plan.chunks) <= self.max_num_tokens
         self.telling.append(sum(chunk.num_telling for chunk in plan.chunks))
+        before, self.under_way = self.under_way, (plan, self._compute(plan))
+        if before is not None:
+            self._commit(*before)
+        if not self.overlap or not plan.chunks:
+            self._commit(*self.under_way)
+            self.under_way = None
+        self.scheduler.check(self.held_elsewhere())
+        return len(plan.chunks)
+
+    def _compute(self, plan: StepPlan) -> list[Drawn]:
         drawn = []
         for chunk in plan.chunks:
             sequence, end = chunk.sequence, chunk.start + chunk.count
+            unread = self.unread.setdefault(sequence, [])
+            tokens = [*sequence.tokens, *unread]
+            assert end <= len(tokens) and chunk.draws == (end == len(tokens))
             for position in range(end):
                 block, slot = divmod(position, self.tokens_per_block)
-                digest = prefix_digest(sequence.tokens[: position + 1])
+                digest = prefix_digest(tokens[: position + 1])
                 if position >= chunk.start:
                     self.kv[sequence.blocks[block]][slot] = digest
                 assert self.kv[sequence.blocks[block]][slot] == digest, "foreign or missing KV"
             for token in sequence.tokens[chunk.start + 1 :][: chunk.num_telling]:
                 sequence.prompt_logprobs.append(Logprob(token, 0.0))
             if chunk.draws:
-                drawn.append(Drawn(next_token(sequence.tokens)))
+                unread.append(next_token(tokens))
+                drawn.append(Drawn(unread[-1]))
+        return drawn
+
+    def _commit(self, plan: StepPlan, drawn: list[Drawn]) -> None:
+        for chunk in plan.chunks:
+            if chunk.draws:
+                self.unread[chunk.sequence].pop(0)
         commit = self.scheduler.commit(plan, drawn, self.now)
         self._collect(commit.events)
         for offer in commit.offers:
             self.leases.append(offer.blocks)
             self._collect([offer.event])
-        self.scheduler.check(self.held_elsewhere())
-        return len(plan.chunks)
 
     def land(self, fetch: Fetch) -> None:
         """The copy arrived: write the KV that the context worker would have computed."""
@@ -114,7 +139,7 @@ class Simulation:
 
     def run(self, max_steps: int = 500) -> None:
         for _ in range(max_steps):
-            if not self.scheduler.has_work:
+            if not self.scheduler.has_work and self.under_way is None:
                 return
             self.step()
         raise AssertionError("the scheduler did not come to rest")

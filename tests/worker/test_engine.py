@@ -44,8 +44,20 @@ class Link:
 class Model:
     """Draws the number of tokens before."""
 
-    def run(self, plan):
+    def __init__(self):
+        self.log = []
+        self.wants_tokens = False
+
+    def needs_tokens(self, plan):
+        return self.wants_tokens
+
+    def launch(self, plan):
+        self.log.append("launch")
         return [Drawn(chunk.start + chunk.count) for chunk in plan.chunks if chunk.draws]
+
+    def collect(self, launched):
+        self.log.append("collect")
+        return launched
 
 
 class Transceiver:
@@ -102,13 +114,17 @@ class Transceiver:
         self.calls.append("close")
 
 
-@pytest.fixture
-def parts():
-    link, transceiver = Link(), Transceiver()
+def build(**options):
+    link, transceiver, model = Link(), Transceiver(), Model()
     limits = SchedulerLimits(max_batch_size=4, max_num_tokens=16, max_seq_len=64, tokens_per_block=4)
     scheduler = Scheduler(limits, BlockPool(16))
-    engine = Engine(link, scheduler, Model(), transceiver, clock=lambda: 0.0)
-    return engine, link, transceiver, scheduler
+    engine = Engine(link, scheduler, model, transceiver, clock=lambda: 0.0, **options)
+    return (engine, link, transceiver, scheduler), model
+
+
+@pytest.fixture(params=[False, True], ids=["one by one", "overlapped"])
+def parts(request):
+    return build(overlap=request.param)[0]
 
 
 def submit(request_id="r", prompt=(1, 2, 3, 4, 5), max_tokens=3, **fields):
@@ -185,6 +201,21 @@ def test_the_loop_says_how_long_it_may_sleep(parts):
         engine._take(message)
     engine.step()
     assert 0 < engine.step() < 0.1, "a copy is under way: deadlines must be looked after"
+
+
+def test_a_step_is_launched_before_the_last_one_is_read():
+    (engine, link, _, scheduler), model = build(overlap=True)
+    run(engine, link, submit(max_tokens=4))
+    assert model.log == ["launch", *["launch", "collect"] * 3, "collect"]
+    assert [event.token_ids for event in link.events] == [[5], [6], [7], [8]]
+    scheduler.check()
+
+
+def test_a_plan_that_needs_all_tokens_waits_for_them():
+    (engine, link, _, _), model = build(overlap=True)
+    model.wants_tokens = True
+    run(engine, link, submit(max_tokens=3))
+    assert model.log == ["launch", "collect"] * 3
 
 
 def test_shutdown_ends_the_loop(parts):

@@ -3,7 +3,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulation import Simulation, random_prompt, reference
+from simulation import VOCAB, Simulation, random_prompt, reference
 
 from diptych.worker import scheduler
 
@@ -181,13 +181,42 @@ def test_a_prompt_that_tells_its_logits_is_computed_whole_and_in_bounded_steps(m
         assert simulation.tokens(request_id) == simulation.tokens("before")
 
 
+def test_a_step_in_vain_holds_its_blocks_until_it_is_over():
+    simulation = Simulation(overlap=True)
+    tokens = reference([1, 2, 3], 6)
+    simulation.add("a", [1, 2, 3], max_tokens=6, stop=tokens[2])
+    while simulation.reason("a") is None:
+        simulation.step()
+    assert (
+        simulation.reason("a") == "stop" and simulation.tokens("a") == tokens[: tokens.index(tokens[2]) + 1]
+    )
+    assert simulation.under_way is not None and simulation.scheduler.pool.counts().active > 0
+    simulation.step()
+    assert simulation.scheduler.pool.counts().active == 0
+
+
+def test_nothing_is_computed_in_vain_at_a_known_end():
+    simulation = Simulation(overlap=True)
+    simulation.add("a", [1, 2, 3], max_tokens=3)
+    steps = [simulation.step() for _ in range(5)]
+    assert steps == [1, 1, 1, 0, 0] and simulation.tokens("a") == reference([1, 2, 3], 3)
+
+
 @settings(max_examples=150, deadline=None)
-@given(seed=st.integers(0, 2**32), policy=st.sampled_from(["GUARANTEED_NO_EVICT", "MAX_UTILIZATION"]))
-def test_anything_goes(seed, policy):
+@given(
+    seed=st.integers(0, 2**32),
+    policy=st.sampled_from(["GUARANTEED_NO_EVICT", "MAX_UTILIZATION"]),
+    overlap=st.booleans(),
+)
+def test_anything_goes(seed, policy, overlap):
     """Random arrivals, aborts, fetches and leases: right tokens, one end each, blocks conserved after every step."""
     rng = random.Random(seed)
     simulation = Simulation(
-        num_blocks=rng.randrange(8, 20), max_seq_len=30, policy=policy, max_num_tokens=rng.randrange(3, 20)
+        num_blocks=rng.randrange(8, 20),
+        max_seq_len=30,
+        policy=policy,
+        max_num_tokens=rng.randrange(3, 20),
+        overlap=overlap,
     )
     wanted: dict[str, tuple[list[int], int]] = {}
     told: dict[str, list[int] | None] = {}
@@ -203,8 +232,10 @@ def test_anything_goes(seed, policy):
             want = reference(prompt, max_tokens)
             fields = {"output_token_ids": want[:1], "ticket": b"t"}
             want = want[1:]
+        stop = rng.choice([*want, VOCAB])
+        want = want[: want.index(stop) + 1] if stop in want else want
         tells = rng.random() < 0.3
-        simulation.add(request_id, prompt, max_tokens, tells=tells, request_type=kind, **fields)
+        simulation.add(request_id, prompt, max_tokens, tells=tells, stop=stop, request_type=kind, **fields)
         wanted[request_id] = (want, 1 if kind == "context_only" else len(want))
         told[request_id] = prompt[1:] if tells and kind != "generation_only" else None
         for _ in range(rng.randrange(4)):

@@ -56,8 +56,12 @@ def load_weights(
     path: Path,
     config: ModelConfig,
     progress: Callable[[float], None],
+    device: torch.device | None = None,
 ) -> dict[str, Tensor]:
-    """Canonical weights (see weights.py) in the config's dtype; `progress` gets fractions, in this thread."""
+    """Canonical weights (see weights.py) in the config's dtype, each put on `device` as it is read (None: the CPU).
+
+    `progress` gets fractions, in this thread.
+    """
     source: TensorSource = GgufFile.open(path) if is_gguf(path) else SafetensorsDir.open(path)
     specs = weight_specs(config)
     total, done = sum(_size(spec) for spec in specs), 0
@@ -66,7 +70,7 @@ def load_weights(
     with ThreadPoolExecutor(_num_threads(), thread_name_prefix="load") as pool:
         # The largest first, so that no thread is left alone with it at the end.
         ordered = sorted(specs, key=_size, reverse=True)
-        pending = {pool.submit(_load, source, spec, dtype): spec for spec in ordered}
+        pending = {pool.submit(_load, source, spec, dtype, device): spec for spec in ordered}
         try:
             for future in as_completed(pending):
                 spec = pending[future]
@@ -87,8 +91,8 @@ def _gguf_config(file: GgufFile) -> ModelConfig:
     return dataclasses.replace(config, rope=dataclasses.replace(config.rope, frequency_divisors=divisors))
 
 
-def _load(source: TensorSource, spec: WeightSpec, dtype: torch.dtype) -> Tensor:
-    weight = torch.empty(spec.shape, dtype=dtype)
+def _load(source: TensorSource, spec: WeightSpec, dtype: torch.dtype, device: torch.device | None) -> Tensor:
+    weight = torch.empty(spec.shape, dtype=dtype, device=device)
     row = 0
     for part in spec.parts:
         weight[row : row + part.shape[0]] = _read(source, part)

@@ -63,16 +63,22 @@ def weight_specs(config: ModelConfig) -> list[WeightSpec]:
     return specs
 
 
-def dummy_weights(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
-    """Random weights that keep activations in range; the same seed gives the same model in every process."""
-    generator = torch.Generator().manual_seed(seed)
+def dummy_weights(
+    config: ModelConfig, seed: int = 0, device: torch.device | None = None
+) -> dict[str, Tensor]:
+    """Random weights that keep activations in range; the same seed gives the same model in every process that
+    draws them on the same kind of device.
+    """
+    device = device or torch.device("cpu")
+    generator = torch.Generator(device).manual_seed(seed)
     dtype = torch_dtype(config)
     weights = {}
     for spec in weight_specs(config):
         if spec.name.endswith("norm"):
-            weights[spec.name] = torch.ones(spec.shape, dtype=dtype)
+            weights[spec.name] = torch.ones(spec.shape, dtype=dtype, device=device)
         else:
-            weights[spec.name] = torch.empty(spec.shape, dtype=dtype).normal_(0.0, 0.02, generator=generator)
+            weight = torch.empty(spec.shape, dtype=dtype, device=device)
+            weights[spec.name] = weight.normal_(0.0, 0.02, generator=generator)
     return weights
 
 

@@ -1,0 +1,228 @@
+"""Times single kernels of the GPU engine over their settings, beside cuBLAS and flashinfer, to choose the settings.
+
+    python benchmarks/gpu_kernels.py [linear] [decode] [prefill]
+
+Every timed call reads another weight or another layer's cache, so that the L2 cache serves nothing. One line for each
+case: what the engine chooses, then the fastest settings tried.
+"""
+
+import itertools
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diptych.kernels import flashinfer_attention as flashinfer
+from diptych.kernels.decode_attention_triton import DecodePlan, decode_attention
+from diptych.kernels.gpu import num_multiprocessors
+from diptych.kernels.prefill_attention_triton import PrefillPlan, prefill_attention
+from diptych.kernels.skinny_linear_triton import SkinnyPlan, choose, skinny_linear
+
+DEVICE = torch.device("cuda", 0)
+BLOCK = 32
+WEIGHTS = {
+    "8b qkv": (6144, 4096),
+    "8b o": (4096, 4096),
+    "8b gate_up": (28672, 4096),
+    "8b down": (4096, 14336),
+    "8b head": (128256, 4096),
+    "135m qkv": (960, 576),
+    "135m o": (576, 576),
+    "135m gate_up": (3072, 576),
+    "135m down": (576, 1536),
+}
+DECODES = (
+    (32, 8, 128, 1, 256),
+    (32, 8, 128, 1, 8192),
+    (32, 8, 128, 8, 1088),
+    (32, 8, 128, 64, 1088),
+    (32, 8, 128, 256, 1088),
+    (9, 3, 64, 1, 256),
+    (9, 3, 64, 64, 1088),
+    (9, 3, 64, 256, 1088),
+)
+# tile, stages, warps
+DECODE_FORMS = (
+    (32, 5, 4),
+    (64, 3, 4),
+    (64, 5, 4),
+    (64, 5, 8),
+    (64, 7, 4),
+    (128, 3, 4),
+    (128, 5, 4),
+    (128, 5, 8),
+)
+DECODE_SPLITS = {1: (4, 8, 16, 32), 8: (1, 2, 4, 8), 64: (1, 2, 4), 256: (1, 2)}
+
+
+def time_us(calls: list[Callable[[], object]]) -> float:
+    """Median microseconds of one of the calls, all in one CUDA graph."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(12):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times[2:]) * 1e3 / len(calls)
+
+
+def report(
+    name: str, num_bytes: int, chosen: object, times: dict[object, float], others: dict[str, float]
+) -> None:
+    best = sorted(times, key=times.__getitem__)[:4]
+    shown = [f"{us:.1f} us ({num_bytes / us / 1e6:.2f} TB/s) {other}" for other, us in others.items()]
+    shown += [f"{times[chosen]:.1f} chosen {chosen}", *(f"{times[plan]:.1f} {plan}" for plan in best)]
+    print(f"{name}: {'; '.join(shown)}", flush=True)
+
+
+def linear_plans(rows: int, inputs: int) -> Iterator[SkinnyPlan]:
+    if rows == 1:
+        forms = itertools.product((4, 8, 16), (256, 512, 1024), (1, 2, 4), (4, 8))
+    else:
+        forms = itertools.product((16, 32, 64), (64, 128), (1, 2, 4, 8), (2, 4))
+    for block_n, block_k, splits, warps in forms:
+        if inputs >= splits * block_k // 2:
+            yield SkinnyPlan(block_n, block_k, splits, warps)
+
+
+def measure_linear() -> None:
+    for name, (outputs, inputs) in WEIGHTS.items():
+        num_bytes = outputs * inputs * 2
+        count = max(2, min(24, int(6e8 / num_bytes)))
+        weights = [torch.randn(outputs, inputs, device=DEVICE).bfloat16() for _ in range(count)]
+        for rows in (1, 8):
+            x = torch.randn(rows, inputs, device=DEVICE).bfloat16()
+            chosen = choose(rows, outputs, inputs, num_multiprocessors(DEVICE))
+            times: dict[object, float] = {}
+            for plan in {chosen, *linear_plans(rows, inputs)}:
+                times[plan] = time_us([partial(skinny_linear, x, weight, plan) for weight in weights])
+            cublas = time_us([partial(F.linear, x, weight) for weight in weights])
+            report(f"linear {name}, {rows} rows", num_bytes, chosen, times, {"cublas": cublas})
+
+
+@dataclass(frozen=True)
+class DecodeCase:
+    heads: int
+    kv_heads: int
+    dim: int
+    rows: int
+    context: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.rows * self.context * 2 * self.kv_heads * self.dim * 2
+
+    def measure(self) -> None:
+        per_row = self.context // BLOCK
+        layers = max(2, min(16, int(2e9 / self.num_bytes)))
+        shape = (self.rows * per_row, layers, 2, self.kv_heads, BLOCK, self.dim)
+        pool = torch.empty(shape, device=DEVICE, dtype=torch.bfloat16).normal_()
+        query = torch.randn(self.rows, self.heads, self.dim, device=DEVICE).bfloat16()
+        tables = torch.randperm(self.rows * per_row, device=DEVICE).int().view(self.rows, per_row)
+        positions = torch.full((self.rows,), self.context - 1, dtype=torch.int32, device=DEVICE)
+        slots = torch.arange(self.rows, dtype=torch.int32, device=DEVICE)
+        out = torch.empty_like(query)
+
+        def ours(cache: Tensor, plan: DecodePlan) -> None:
+            decode_attention(
+                query,
+                cache,
+                positions=positions,
+                slots=slots,
+                tables=tables,
+                scale=self.dim**-0.5,
+                window=None,
+                plan=plan,
+                out=out,
+            )
+
+        chosen = DecodePlan.choose(self.rows, self.kv_heads, num_multiprocessors(DEVICE))
+        times: dict[object, float] = {}
+        for plan in {chosen, *self._plans()}:
+            times[plan] = time_us([partial(ours, cache, plan) for cache in pool.unbind(1)])
+        report(str(self), self.num_bytes, chosen, times, self._flashinfer(query, pool, tables))
+
+    def _plans(self) -> Iterator[DecodePlan]:
+        for splits, (tile, stages, warps) in itertools.product(DECODE_SPLITS[self.rows], DECODE_FORMS):
+            if splits == 1 or self.context // splits >= tile:
+                yield DecodePlan(splits, tile, stages, warps)
+
+    def _flashinfer(self, query: Tensor, pool: Tensor, tables: Tensor) -> dict[str, float]:
+        if not flashinfer.is_installed():
+            return {}
+        decode = flashinfer.FlashInferDecode(
+            attention_shape(self.heads, self.kv_heads, self.dim),
+            flashinfer.workspace(DEVICE),
+            self.rows,
+            tables.numel(),
+        )
+        lengths = np.full(self.rows, self.context, np.int32)
+        decode.plan(flashinfer.PagedContext.of(tables.tolist(), lengths, BLOCK))
+        out = torch.empty_like(query)
+        return {"flashinfer": time_us([partial(decode.run, query, cache, out) for cache in pool.unbind(1)])}
+
+
+def attention_shape(heads: int, kv_heads: int, dim: int) -> flashinfer.AttentionShape:
+    return flashinfer.AttentionShape(heads, kv_heads, dim, BLOCK, dim**-0.5, None, torch.bfloat16)
+
+
+def measure_decode() -> None:
+    for case in DECODES:
+        DecodeCase(*case).measure()
+        torch.cuda.empty_cache()
+
+
+def measure_prefill() -> None:
+    heads, kv_heads, dim, rows, length = 32, 8, 128, 4, 2048
+    pool = torch.randn(rows * length // BLOCK, 4, 2, kv_heads, BLOCK, dim, device=DEVICE).bfloat16()
+    tables = torch.randperm(len(pool), device=DEVICE).int().view(rows, -1)
+    query = torch.randn(rows * length, heads, dim, device=DEVICE).bfloat16()
+    starts = np.arange(rows + 1, dtype=np.int32) * length
+    slots = torch.arange(rows, dtype=torch.int32, device=DEVICE).repeat_interleave(length)
+    plan = PrefillPlan.of(starts, np.zeros(rows, np.int32), DEVICE)
+    expected, out = torch.empty_like(query), torch.empty_like(query)
+    operations = 2 * rows * length * length * heads * dim
+
+    def ours() -> None:
+        prefill_attention(
+            query, pool[:, 1], plan, slots=slots, tables=tables, scale=dim**-0.5, window=None, out=expected
+        )
+
+    us = time_us([ours])
+    print(f"prefill triton: {us:.0f} us, {operations / us / 1e6:.0f} TFLOP/s", flush=True)
+    if not flashinfer.is_installed():
+        return
+    context = flashinfer.PagedContext.of(tables.tolist(), np.full(rows, length, np.int32), BLOCK)
+    for backend in ("fa2", "fa3"):
+        prefill = flashinfer.FlashInferPrefill(
+            attention_shape(heads, kv_heads, dim), flashinfer.workspace(DEVICE), backend
+        )
+        prefill.plan(starts, context)
+        us = time_us([partial(prefill.run, query, pool[:, 1], out)])
+        difference = float((out - expected).float().norm() / expected.float().norm())
+        print(
+            f"prefill {backend}: {us:.0f} us, {operations / us / 1e6:.0f} TFLOP/s, {difference:.0e} away",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    parts = {"linear": measure_linear, "decode": measure_decode, "prefill": measure_prefill}
+    for part in sys.argv[1:] or parts:
+        parts[part]()

@@ -1,0 +1,209 @@
+"""Decode and prefill of the GPU engine on random weights: the graph alone, and the whole engine without HTTP.
+
+    python benchmarks/gpu_step.py [--shape 8b --shape 135m] [--triton] [--output FILE.json]
+
+A decode step is timed three ways: replays of its graph, the engine's step loop (scheduler, sampling, overlap, events)
+in wall time, and the floor: the bytes of weights and KV that it must read over what the memory gives in a copy.
+Figures are medians; `spread` is the 10th and 90th percentile.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu.engine_loop import decode_step_ms, prefill_tokens_per_s
+
+from diptych.kernels.flashinfer_attention import AttentionShape
+from diptych.worker.cuda_runner import CudaRunner
+from diptych.worker.device_state import DeviceState
+from diptych.worker.graphs import DecodeGraphs
+from diptych.worker.models.config import ModelConfig, RopeConfig
+from diptych.worker.models.cuda_network import CudaNetwork
+from diptych.worker.models.weights import dummy_weights
+from diptych.worker.prefill import TritonPrefill, choose_prefill
+from diptych.worker.sampler import Sampler
+
+MEMORY_TB_S = 4.3  # an H200's copy, bytes read and written
+BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Shape:
+    config: ModelConfig
+    decodes: tuple[tuple[int, int], ...]  # rows, context
+
+
+def shape_of(name: str) -> Shape:
+    common: dict[str, Any] = {
+        "family": "llama",
+        "rms_norm_eps": 1e-5,
+        "rope": RopeConfig(theta=500000.0),
+        "max_position_embeddings": 8192,
+        "dtype": "bfloat16",
+    }
+    if name == "8b":
+        config = ModelConfig(
+            vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=32,
+            num_kv_heads=8, head_dim=128, tie_word_embeddings=False, **common,
+        )  # fmt: skip
+    else:
+        config = ModelConfig(
+            vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9,
+            num_kv_heads=3, head_dim=64, tie_word_embeddings=True, **common,
+        )  # fmt: skip
+    return Shape(config, ((1, 256), (8, 1088), (64, 1088), (256, 1088)))
+
+
+@dataclass
+class Results:
+    device: str
+    date: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    versions: dict[str, str] = field(default_factory=dict)
+    cases: list[dict[str, Any]] = field(default_factory=list)
+    output: Path | None = None
+
+    def add(self, **case: Any) -> None:
+        self.cases.append(case)
+        print(
+            " ".join(f"{key}={round(v, 4) if isinstance(v, float) else v}" for key, v in case.items()),
+            flush=True,
+        )
+
+
+def percentiles(values: list[float]) -> tuple[float, list[float]]:
+    ordered = sorted(values)
+    return statistics.median(ordered), [ordered[len(ordered) // 10], ordered[-1 - len(ordered) // 10]]
+
+
+def event_times_ms(run: Callable[[], object], count: int) -> list[float]:
+    times = []
+    for _ in range(count):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return times[count // 4 :]
+
+
+class Machine:
+    """A network of one shape over a pool that fits all its cases."""
+
+    def __init__(self, shape: Shape, *, flashinfer: bool) -> None:
+        self.shape, config = shape, shape.config
+        self.device = torch.device("cuda", 0)
+        self.network = CudaNetwork(config, dummy_weights(config, device=self.device), self.device, 8192)
+        per_row = -(-(max(context for _, context in shape.decodes) + 256) // BLOCK)
+        self.blocks_per_row = max(per_row, 2304 // BLOCK)
+        self.num_blocks = max(rows for rows, _ in shape.decodes) * per_row + 8
+        self.pool = torch.empty(
+            self.num_blocks, config.num_layers, 2, config.num_kv_heads, BLOCK, config.head_dim,
+            dtype=torch.bfloat16, device=self.device,
+        )  # fmt: skip
+        for start in range(0, self.num_blocks, 256):
+            self.pool[start : start + 256].normal_()
+        self.attention = AttentionShape(
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            BLOCK,
+            config.head_dim**-0.5,
+            None,
+            torch.bfloat16,
+        )
+        self.prefill = (choose_prefill if flashinfer else TritonPrefill)(self.attention, self.device)
+
+    def floor_ms(self, rows: int, context: int) -> float:
+        config = self.shape.config
+        per_token = config.num_layers * 2 * config.num_kv_heads * config.head_dim * 2
+        return (self.network.weight_bytes + rows * context * per_token) / MEMORY_TB_S / 1e9
+
+
+def measure_graph(machine: Machine, name: str, rows: int, context: int, results: Results) -> None:
+    state = DeviceState(rows, machine.blocks_per_row, machine.device)
+    graphs = DecodeGraphs(machine.network, state, machine.pool, [rows])
+    blocks = torch.randperm(machine.num_blocks, device=machine.device).int()
+    per_row = -(-context // BLOCK)
+    state.tables[:, :per_row] = blocks[: rows * per_row].view(rows, per_row)
+    started = time.perf_counter()
+    graphs.capture(lambda fraction: None)
+    captured_s = time.perf_counter() - started
+    state.rows.copy_(torch.arange(rows))
+    state.field("tokens").copy_(torch.randint(0, 40000, (rows,)))
+
+    def step(*, sampled: bool) -> None:
+        state.field("positions").fill_(context - 1)
+        graphs.replay(rows, sampled=sampled)
+
+    count = 40 if rows < 64 else 24
+    greedy, spread = percentiles(event_times_ms(lambda: step(sampled=False), count))
+    floor = machine.floor_ms(rows, context)
+    state.field("temperature").fill_(0.8)
+    state.field("top_p").fill_(1.0)
+    plain, _ = percentiles(event_times_ms(lambda: step(sampled=True), 16))
+    state.field("top_p").fill_(0.9)
+    nucleus, _ = percentiles(event_times_ms(lambda: step(sampled=True), 16))
+    runner = CudaRunner(machine.network, machine.pool, state, machine.prefill, graphs, Sampler(frozenset()))
+    wall: dict[str, float] = {}
+    state.rows.fill_(-1)
+    for kind, settings in (("engine_ms", {"overlap": True}), ("engine_no_overlap_ms", {"overlap": False})):
+        times = decode_step_ms(runner, machine.num_blocks, BLOCK, rows, context, steps=64, **settings)
+        wall[kind], wall[kind + "_p90"] = statistics.median(times), sorted(times)[len(times) * 9 // 10]
+        state.rows.fill_(-1)
+        runner = CudaRunner(
+            machine.network, machine.pool, state, machine.prefill, graphs, Sampler(frozenset())
+        )
+    results.add(
+        what="decode", shape=name, rows=rows, context=context, ms=greedy, spread=spread, floor_ms=floor,
+        of_floor=floor / greedy, temperature_ms=plain, top_p_ms=nucleus, capture_s=captured_s, **wall,
+    )  # fmt: skip
+
+
+def measure_prefill(
+    machine: Machine, name: str, results: Results, rows: int = 32, length: int = 2048
+) -> None:
+    state = DeviceState(rows, machine.blocks_per_row, machine.device)
+    rates = []
+    for _ in range(3):
+        runner = CudaRunner(machine.network, machine.pool, state, machine.prefill, None, Sampler(frozenset()))
+        rates.append(prefill_tokens_per_s(runner, machine.num_blocks, BLOCK, rows, length))
+    results.add(
+        what="prefill",
+        shape=name,
+        rows=rows,
+        length=length,
+        attention=machine.prefill.name,
+        tokens_per_s=statistics.median(rates[1:]),
+        first=rates[0],
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shape", action="append", choices=["8b", "135m"])
+    parser.add_argument("--triton", action="store_true", help="prompts without flashinfer")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    results = Results(torch.cuda.get_device_name(), output=arguments.output)
+    results.versions = {"torch": torch.__version__, "python": platform.python_version()}
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        for name in arguments.shape or ["8b", "135m"]:
+            machine = Machine(shape_of(name), flashinfer=not arguments.triton)
+            for rows, context in machine.shape.decodes:
+                measure_graph(machine, name, rows, context, results)
+            measure_prefill(machine, name, results)
+            del machine
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

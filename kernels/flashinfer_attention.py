@@ -1,0 +1,139 @@
+"""Attention of a step through flashinfer: planned once on the host, run for every layer.
+
+flashinfer is imported when a wrapper is built, and compiles its kernels then (minutes the first time, later from its
+own cache). Caches are `[num_blocks, 2, kv heads, tokens per block, dim]`, strided views of the block-major pool.
+Two plans alternate, each with its own host buffer: the copy of the last plan to the device may still be under way.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+_WORKSPACE_BYTES = 384 << 20
+_HEAD_DIMS = (64, 128, 256)
+
+Int32s = npt.NDArray[np.int32]
+
+
+def is_installed() -> bool:
+    return importlib.util.find_spec("flashinfer") is not None
+
+
+def supports(head_dim: int, dtype: torch.dtype) -> bool:
+    return head_dim in _HEAD_DIMS and dtype in (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    tokens_per_block: int
+    scale: float
+    window: int | None
+    dtype: torch.dtype
+
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "sm_scale": self.scale,
+            "window_left": -1 if self.window is None else self.window - 1,
+            "q_data_type": self.dtype,
+            "kv_data_type": self.dtype,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class PagedContext:
+    """Whose blocks are where, on the host: sequence s has `block_ids[starts[s]:starts[s + 1]]`."""
+
+    starts: Int32s  # [S + 1]
+    block_ids: Int32s
+    lengths: Int32s  # [S] tokens of context, this step's included
+
+    @classmethod
+    def of(cls, blocks: list[list[int]], lengths: Int32s, tokens_per_block: int) -> "PagedContext":
+        counts = -(-lengths // tokens_per_block)
+        starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+        used = [table[:count] for table, count in zip(blocks, counts.tolist(), strict=True)]
+        return cls(starts, np.concatenate(used).astype(np.int32), lengths)
+
+    def tensors(self, tokens_per_block: int) -> tuple[Tensor, Tensor, Tensor]:
+        """As flashinfer takes them: starts, ids, tokens in the last block of each."""
+        last = (self.lengths - 1) % tokens_per_block + 1
+        return torch.from_numpy(self.starts), torch.from_numpy(self.block_ids), torch.from_numpy(last)
+
+
+def workspace(device: torch.device) -> Tensor:
+    """For all wrappers of a device that never run at the same time."""
+    return torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+
+
+class FlashInferPrefill:
+    """Runs of rows, each the last positions of its sequence's context."""
+
+    def __init__(self, shape: AttentionShape, space: Tensor, backend: str = "auto") -> None:
+        import flashinfer
+
+        self._shape = shape
+        self._wrappers = [
+            flashinfer.BatchPrefillWithPagedKVCacheWrapper(space, "HND", backend=backend) for _ in range(2)
+        ]
+
+    def plan(self, query_starts: Int32s, context: PagedContext) -> None:
+        """Rows `query_starts[s]` to `query_starts[s + 1]` are sequence s's."""
+        self._wrappers.reverse()
+        shape = self._shape
+        self._wrappers[0].plan(
+            torch.from_numpy(query_starts),
+            *context.tensors(shape.tokens_per_block),
+            shape.num_heads,
+            shape.num_kv_heads,
+            shape.head_dim,
+            shape.tokens_per_block,
+            causal=True,
+            **shape.arguments(),
+        )
+
+    def run(self, query: Tensor, cache: Tensor, out: Tensor) -> None:
+        self._wrappers[0].run(query, cache, out=out)
+
+
+class FlashInferDecode:
+    """One row a sequence, at a fixed number of rows, inside a CUDA graph. Padding rows come with one token."""
+
+    def __init__(self, shape: AttentionShape, space: Tensor, num_rows: int, max_blocks: int) -> None:
+        """`max_blocks`: of all rows together."""
+        import flashinfer
+
+        def ints(count: int) -> Tensor:
+            return torch.zeros(count, dtype=torch.int32, device=space.device)
+
+        self._shape = shape
+        self._wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            space,
+            "HND",
+            use_cuda_graph=True,
+            use_tensor_cores=shape.num_heads > shape.num_kv_heads,
+            paged_kv_indptr_buffer=ints(num_rows + 1),
+            paged_kv_indices_buffer=ints(max_blocks),
+            paged_kv_last_page_len_buffer=ints(num_rows),
+        )
+
+    def plan(self, context: PagedContext) -> None:
+        shape = self._shape
+        self._wrapper.plan(
+            *context.tensors(shape.tokens_per_block),
+            shape.num_heads,
+            shape.num_kv_heads,
+            shape.head_dim,
+            shape.tokens_per_block,
+            **shape.arguments(),
+        )
+
+    def run(self, query: Tensor, cache: Tensor, out: Tensor) -> None:
+        self._wrapper.run(query, cache, out=out)

@@ -1,0 +1,253 @@
+"""The Triton kernels against the plain torch ones: random inputs, poisoned outputs and caches, odd sizes.
+
+They run on a GPU, and with TRITON_INTERPRET=1 on any CPU that has Triton installed.
+"""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from diptych.kernels import activation, attention, norm, rope
+
+ON_GPU = torch.cuda.is_available()
+INTERPRETED = not ON_GPU and os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="there is no GPU, and TRITON_INTERPRET is not 1"),
+]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+# The interpreter multiplies the bits of bfloat16 matrices as if they were whole numbers.
+DOT_DTYPES = DTYPES[1:] if INTERPRETED else DTYPES
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+
+
+def draw(*shape, dtype=torch.float32, scale=1.0):
+    return (torch.randn(*shape, device=DEVICE) * scale).to(dtype)
+
+
+def error(actual, expected):
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """What a kernel does not write shows: fresh memory holds numbers that are none."""
+    plain = torch.empty
+
+    def poisoned(*args, **kwargs):
+        tensor = plain(*args, **kwargs)
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(
+        torch, "empty_like", lambda other: poisoned(other.shape, dtype=other.dtype, device=other.device)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "hidden", "splits"), [(1, 576, 1), (3, 4096, 4), (7, 24, 2)])
+def test_add_rms_norm(dtype, rows, hidden, splits):
+    from diptych.kernels.norm_triton import add_rms_norm
+
+    parts, residual = draw(splits, rows, hidden), draw(rows, hidden)
+    weight = draw(hidden, dtype=dtype)
+    expected, total = norm.add_rms_norm(parts.sum(0), residual.clone(), weight, 1e-5)
+    actual = add_rms_norm(parts, residual, weight, 1e-5)
+    assert actual.dtype == dtype
+    assert error(actual, expected) < TOLERANCE[dtype]
+    assert error(residual, total) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embed_norm(dtype):
+    from diptych.kernels.norm_triton import embed_norm
+
+    table, weight = draw(50, 72, dtype=dtype), draw(72, dtype=dtype)
+    ids = torch.tensor([3, 49, 0, 3, 17], dtype=torch.int32, device=DEVICE)
+    residual = torch.full((5, 72), torch.nan, device=DEVICE)
+    actual = embed_norm(ids, table, weight, 1e-5, residual)
+    assert torch.equal(residual, table[ids.long()].float())
+    assert error(actual, norm.rms_norm(residual, weight, 1e-5)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "inner", "splits"), [(1, 1536, 1), (5, 1100, 3)])
+def test_silu_and_mul(dtype, rows, inner, splits):
+    from diptych.kernels.activation_triton import silu_and_mul
+
+    parts = draw(splits, rows, 2 * inner)
+    actual = silu_and_mul(parts, dtype)
+    assert actual.dtype == dtype
+    assert error(actual, activation.silu_and_mul(parts.sum(0))) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DOT_DTYPES if dtype != torch.float32])
+@pytest.mark.parametrize("rows", [1, 2, 5, 16])
+@pytest.mark.parametrize(("outputs", "inputs"), [(96, 576), (100, 1000), (256, 2048), (40, 4096)])
+def test_skinny_linear(dtype, rows, outputs, inputs):
+    from diptych.kernels.skinny_linear_triton import SkinnyPlan, choose, skinny_linear
+
+    x, weight = draw(rows, inputs, dtype=dtype), draw(outputs, inputs, dtype=dtype, scale=inputs**-0.5)
+    expected = x.double() @ weight.double().T
+    for plan in (choose(rows, outputs, inputs, 132), SkinnyPlan(16, 64, 3, 4)):
+        parts = skinny_linear(x, weight, plan)
+        assert parts.shape == (plan.splits, rows, outputs)
+        assert error(parts.sum(0), expected) < 1e-5
+
+
+class Paged:
+    """Sequences whose K and V lie in one layer of a NaN-filled pool, at scattered blocks."""
+
+    def __init__(self, lengths, heads, kv_heads, dim, dtype, block=16):
+        self.heads, self.kv_heads, self.dim, self.block, self.dtype = heads, kv_heads, dim, block, dtype
+        per_sequence = -(-max(lengths) // block)
+        count = len(lengths)
+        self.pool = torch.full(
+            (count * per_sequence, 3, 2, kv_heads, block, dim), torch.nan, device=DEVICE, dtype=dtype
+        )
+        self.cache = self.pool[:, 1]
+        blocks = np.random.default_rng(len(lengths)).permutation(count * per_sequence).astype(np.int32)
+        self.host_tables = blocks.reshape(count, per_sequence)
+        # Slots in another order than sequences, and more of them.
+        self.slots = [2 * count - 1 - 2 * index for index in range(count)]
+        self.tables = torch.full((2 * count, per_sequence), 2**30, dtype=torch.int32, device=DEVICE)
+        for index, slot in enumerate(self.slots):
+            self.tables[slot] = torch.from_numpy(self.host_tables[index])
+
+    def plan(self, spans, window=None):
+        counts = [stop - start for _, start, stop in spans]
+        return attention.plan_attention(
+            positions=np.concatenate([np.arange(start, stop, dtype=np.int32) for _, start, stop in spans]),
+            query_starts=np.cumsum([0, *counts]),
+            block_tables=self.host_tables[[index for index, _, _ in spans]],
+            tokens_per_block=self.block,
+            sliding_window=window,
+            device=DEVICE,
+        )
+
+    def fill(self, lengths):
+        for index, length in enumerate(lengths):
+            if length:
+                key, value = (draw(length, self.kv_heads, self.dim, dtype=self.dtype) for _ in range(2))
+                attention.append_kv(key, value, self.cache, self.plan([(index, 0, length)]))
+
+    def ints(self, values):
+        return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+SHAPES = [(8, 2, 64, 16), (9, 3, 64, 32), (4, 4, 128, 16), (40, 2, 32, 32)]
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("window", [None, 1, 50])
+@pytest.mark.parametrize(("splits", "tile"), [(1, 64), (4, 64), (2, 128)])
+def test_decode_attention(dtype, shape, window, splits, tile):
+    from diptych.kernels.decode_attention_triton import DecodePlan, decode_attention
+
+    heads, kv_heads, dim, block = shape
+    lengths = [1, 64, 65, 300, 17]
+    paged = Paged(lengths, heads, kv_heads, dim, dtype, block)
+    paged.fill(lengths)
+    query = draw(len(lengths) + 1, heads, dim, dtype=dtype)
+    actual = torch.full_like(query, torch.nan)
+    decode_attention(
+        query,
+        paged.cache,
+        positions=paged.ints([*(length - 1 for length in lengths), -1]),
+        slots=paged.ints([*paged.slots, -1]),
+        tables=paged.tables,
+        scale=dim**-0.5,
+        window=window,
+        plan=DecodePlan(splits, tile, stages=5),
+        out=actual,
+    )
+    spans = [(index, length - 1, length) for index, length in enumerate(lengths)]
+    expected = attention.paged_attention(
+        query[:-1].double(), paged.cache.double(), paged.plan(spans, window), dim**-0.5
+    )
+    assert actual.isfinite().all()
+    assert (actual[-1] == 0).all()
+    assert error(actual[:-1], expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    ("rows", "plan"),
+    [(1, (32, 64)), (4, (8, 64)), (8, (2, 128)), (16, (1, 128)), (64, (4, 64)), (256, (1, 64))],
+)
+def test_shares_of_a_batch(rows, plan):
+    from diptych.kernels.decode_attention_triton import DecodePlan
+
+    chosen = DecodePlan.choose(rows, num_kv_heads=8, num_sms=132)
+    assert (chosen.splits, chosen.tile) == plan
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize("shape", SHAPES[:2])
+@pytest.mark.parametrize("window", [None, 40])
+def test_prefill_attention(dtype, shape, window):
+    from diptych.kernels.prefill_attention_triton import PrefillPlan, prefill_attention
+
+    heads, kv_heads, dim, block = shape
+    lengths, starts = [130, 5, 64, 201], [0, 4, 0, 77]
+    paged = Paged(lengths, heads, kv_heads, dim, dtype, block)
+    paged.fill(lengths)
+    spans = [(index, start, stop) for index, (start, stop) in enumerate(zip(starts, lengths, strict=True))]
+    counts = [stop - start for _, start, stop in spans]
+    query = draw(sum(counts), heads, dim, dtype=dtype)
+    out = torch.full_like(query, torch.nan)
+    prefill_attention(
+        query,
+        paged.cache,
+        PrefillPlan.of(np.cumsum([0, *counts]).astype(np.int32), np.array(starts, np.int32), DEVICE),
+        slots=paged.ints(np.repeat(paged.slots, counts).tolist()),
+        tables=paged.tables,
+        scale=dim**-0.5,
+        window=window,
+        out=out,
+    )
+    expected = attention.paged_attention(
+        query.double(), paged.cache.double(), paged.plan(spans, window), dim**-0.5
+    )
+    assert error(out, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("with_bias", "with_norm"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "splits"), [(4, 2, 64, 1), (9, 3, 96, 2)])
+def test_rope_append(dtype, with_bias, with_norm, heads, kv_heads, dim, splits):
+    from diptych.kernels.rope_triton import HeadLayout, rope_append
+
+    lengths = [40, 1, 17]
+    paged = Paged(lengths, heads, kv_heads, dim, dtype)
+    positions = [length - 1 for length in lengths]
+    width = (heads + 2 * kv_heads) * dim
+    parts = draw(splits, 4, width)
+    bias = draw(width, dtype=dtype) if with_bias else None
+    norms = (draw(dim, dtype=dtype), draw(dim, dtype=dtype)) if with_norm else None
+    turns = torch.rand(64, dim // 2, device=DEVICE) * 6
+    query = rope_append(
+        parts,
+        HeadLayout(heads, kv_heads, dim, 1e-6),
+        bias=bias,
+        norms=norms,
+        angles=(turns.cos(), turns.sin()),
+        positions=paged.ints([*positions, -1]),
+        slots=paged.ints([*paged.slots, -1]),
+        tables=paged.tables,
+        cache=paged.cache,
+    )
+    rows = parts.sum(0) + (0 if bias is None else bias.float())
+    q, k, v = rows.view(4, -1, dim).split([heads, kv_heads, kv_heads], 1)
+    if norms is not None:
+        q, k = (norm.rms_norm(x, weight.float(), 1e-6) for x, weight in zip((q, k), norms, strict=True))
+    at = turns[positions]
+    q, k = (rope.apply_rope(x[:3], at.cos(), at.sin()) for x in (q, k))
+    assert error(query[:3], q) < TOLERANCE[dtype]
+    plan = paged.plan([(index, position, position + 1) for index, position in enumerate(positions)])
+    for which, expected in enumerate((k, v[:3])):
+        assert error(paged.cache[plan.slot_blocks, which, :, plan.slot_offsets], expected) < TOLERANCE[dtype]
+    assert (~paged.pool.isnan()).sum() == 3 * 2 * kv_heads * dim, "nothing else was written"

@@ -1,0 +1,143 @@
+"""A model on one GPU: fused kernels, CUDA graphs for decode steps, memory measured by the largest step it may meet."""
+
+import logging
+import time
+
+import torch
+from torch import Tensor
+
+from diptych.kernels.flashinfer_attention import AttentionShape
+from diptych.kv_layout import DType, Inner
+from diptych.wire import SamplingParams, Submit
+from diptych.worker.computer import Progress
+from diptych.worker.cuda_runner import CudaRunner
+from diptych.worker.device_state import DeviceState
+from diptych.worker.graphs import DecodeGraphs, graph_sizes
+from diptych.worker.models.config import ModelConfig
+from diptych.worker.models.cuda_network import CudaNetwork, Rows
+from diptych.worker.prefill import choose_prefill
+from diptych.worker.sampler import Sampler
+from diptych.worker.scheduler import Chunk, StepPlan
+from diptych.worker.sequence import Sequence
+from diptych.worker.settings import EngineSettings
+
+log = logging.getLogger(__name__)
+
+_MAX_GRAPH_ROWS = 512  # above, launches take little of a step
+_HEAD_DIMS = (32, 64, 128, 256)
+_SPARE_BYTES = 1 << 30  # compiled kernels, graphs, and what the allocator loses in pieces
+_WARM_UP_CHUNKS = 2
+_LOGITS_COPIES = 4  # of a step's logits, for rows that the host draws
+
+
+def unusable(config: ModelConfig) -> str | None:
+    """Why the kernels cannot run a model; None: they can."""
+    if config.dtype == "float32":
+        return "they compute in bfloat16 or float16, and the dtype is float32"
+    if config.head_dim not in _HEAD_DIMS:
+        return f"head_dim is {config.head_dim}, and they take {', '.join(map(str, _HEAD_DIMS))}"
+    return None
+
+
+class CudaComputer:
+    inner: Inner = "hnd"
+    overlaps = True
+
+    def __init__(
+        self, settings: EngineSettings, config: ModelConfig, weights: dict[str, Tensor], device: torch.device
+    ) -> None:
+        """Takes the weights out of `weights`."""
+        self._settings = settings
+        self._config = config
+        self._device = device
+        self._network = CudaNetwork(config, weights, device, config.max_position_embeddings)
+        self._prefill = choose_prefill(self._attention_shape(), device)
+        self._graph_rows = min(settings.max_batch_size, _MAX_GRAPH_ROWS)
+
+    @property
+    def kernel_name(self) -> str:
+        return f"cuda-{self._prefill.name}"
+
+    @property
+    def kv_dtype(self) -> DType:
+        return self._config.dtype
+
+    @torch.inference_mode()
+    def reserved_bytes(self) -> int:
+        """Runs the largest prefill and the largest decode step over a scratch block."""
+        rows = self._settings.max_num_tokens
+        prefill = self._peak_bytes(rows, min(rows, self._settings.max_batch_size))
+        decode = self._peak_bytes(self._graph_rows, self._graph_rows)
+        logits = self._settings.max_batch_size * self._config.vocab_size * 4
+        reserved = prefill + decode + _LOGITS_COPIES * logits + _SPARE_BYTES
+        log.info(
+            "largest step: %d tokens take %.2f GiB, %d sequences %.2f GiB; kept free: %.2f GiB",
+            rows, prefill / 2**30, self._graph_rows, decode / 2**30, reserved / 2**30,
+        )  # fmt: skip
+        torch.cuda.empty_cache()
+        return reserved
+
+    @torch.inference_mode()
+    def start(self, pool: Tensor, max_seq_len: int, progress: Progress) -> CudaRunner:
+        settings = self._settings
+        max_blocks = -(-max_seq_len // settings.tokens_per_block)
+        state = DeviceState(max(settings.max_batch_size, _WARM_UP_CHUNKS), max_blocks, self._device)
+        graphs = DecodeGraphs(self._network, state, pool, graph_sizes(self._graph_rows))
+        started = time.monotonic()
+        graphs.capture(lambda fraction: progress("capturing decode graphs", fraction))
+        log.info(
+            "captured graphs of %d batch sizes up to %d in %.1f s",
+            len(graphs.sizes), self._graph_rows, time.monotonic() - started,
+        )  # fmt: skip
+        sampler = Sampler(frozenset(self._config.eos_token_ids))
+        runner = CudaRunner(self._network, pool, state, self._prefill, graphs, sampler)
+        progress(f"preparing attention ({self._prefill.name}; the first time takes minutes)", 0.0)
+        _warm_up(runner)
+        return runner
+
+    def _attention_shape(self) -> AttentionShape:
+        config = self._config
+        return AttentionShape(
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            tokens_per_block=self._settings.tokens_per_block,
+            scale=config.head_dim**-0.5,
+            window=config.sliding_window,
+            dtype=self._network.dtype,
+        )
+
+    def _peak_bytes(self, num_rows: int, num_logits: int) -> int:
+        config, device = self._config, self._device
+        size = self._settings.tokens_per_block
+        pool = torch.zeros(
+            1, config.num_layers, 2, config.num_kv_heads, size, config.head_dim,
+            dtype=self._network.dtype, device=device,
+        )  # fmt: skip
+        zeros = torch.zeros(num_rows, dtype=torch.int32, device=device)
+        rows = Rows(
+            token_ids=zeros,
+            positions=zeros,
+            slots=zeros,
+            tables=torch.zeros(1, 1, dtype=torch.int32, device=device),
+            attend=lambda query, cache: torch.zeros_like(query),
+            logits_rows=torch.zeros(num_logits, dtype=torch.int64, device=device),
+        )
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        self._network.forward(rows, pool)
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+
+
+def _warm_up(runner: CudaRunner) -> None:
+    """A decode, then a prompt beside it: compiles what the graphs have not."""
+    chunks = []
+    for count in range(1, _WARM_UP_CHUNKS + 1):
+        params = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.5)
+        submit = Submit(request_id=f"warm-up-{count}", prompt_token_ids=[0] * count, params=params)
+        sequence = Sequence(submit, 0.0)
+        sequence.blocks = [0]  # of the pool, which nobody uses yet
+        chunks.append(Chunk(sequence, 0, count, draws=True))
+    runner.collect(runner.launch(StepPlan(chunks)))

@@ -1,0 +1,151 @@
+"""The Llama family on a GPU: the layers as a chain of few, fused kernels.
+
+Knows nothing of batches or graphs: it computes rows whose tokens, positions and blocks are on the device, and leaves
+attention to what the step brings. The residual stream is float32, as in llama.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diptych.kernels.activation_triton import silu_and_mul
+from diptych.kernels.gpu import num_multiprocessors
+from diptych.kernels.norm_triton import add_rms_norm, embed_norm
+from diptych.kernels.rope_triton import HeadLayout, rope_append
+from diptych.kernels.skinny_linear_triton import MAX_ROWS, choose, skinny_linear
+from diptych.worker.layers.rope import RotaryEmbedding
+from diptych.worker.models.config import ModelConfig
+
+# Query `[T, heads, dim]` and one layer's cache to attended values, same shape.
+Attend = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """T rows of a step; integers are int32."""
+
+    token_ids: Tensor  # [T]
+    positions: Tensor  # [T]; negative: padding
+    slots: Tensor  # [T]: which row of `tables`
+    tables: Tensor  # [slots, max_blocks]
+    attend: Attend
+    logits_rows: Tensor | None = None  # [R] int64; None: all
+
+
+@dataclass(frozen=True, slots=True)
+class PartsLinear:
+    """`x @ weight.T` as `[S, T, outputs]` partial sums, for a kernel that adds them up anyway."""
+
+    weight: Tensor
+    bias: Tensor | None
+    num_sms: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows, inputs = x.shape
+        if rows <= MAX_ROWS and self.bias is None:
+            return skinny_linear(x, self.weight, choose(rows, len(self.weight), inputs, self.num_sms))
+        return F.linear(x, self.weight, self.bias)[None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    input_norm: Tensor
+    qkv: PartsLinear
+    qkv_bias: Tensor | None
+    norms: tuple[Tensor, Tensor] | None
+    o: PartsLinear
+    post_norm: Tensor
+    gate_up: PartsLinear
+    down: PartsLinear
+
+
+class CudaNetwork:
+    def __init__(
+        self, config: ModelConfig, weights: dict[str, Tensor], device: torch.device, max_positions: int
+    ) -> None:
+        """Takes the weights out of the mapping one by one, so that never two copies of all of them exist."""
+        sms = num_multiprocessors(device)
+
+        def take(name: str) -> Tensor:
+            return weights.pop(name).to(device)
+
+        def linear(name: str, bias: str | None = None) -> PartsLinear:
+            return PartsLinear(take(name), None if bias is None else take(bias), sms)
+
+        def layer(index: int) -> _Layer:
+            prefix = f"layers.{index}"
+            return _Layer(
+                input_norm=take(f"{prefix}.input_norm"),
+                qkv=linear(f"{prefix}.qkv"),
+                qkv_bias=take(f"{prefix}.qkv_bias") if config.qkv_bias else None,
+                norms=(take(f"{prefix}.q_norm"), take(f"{prefix}.k_norm")) if config.qk_norm else None,
+                o=linear(f"{prefix}.o", f"{prefix}.o_bias" if config.o_bias else None),
+                post_norm=take(f"{prefix}.post_norm"),
+                gate_up=linear(f"{prefix}.gate_up"),
+                down=linear(f"{prefix}.down"),
+            )
+
+        self.config = config
+        self.device = device
+        self._embedding = take("embed_tokens")
+        self._layers = tuple(layer(index) for index in range(config.num_layers))
+        self._norm = take("norm")
+        head = self._embedding if config.tie_word_embeddings else take("lm_head")
+        self._head = PartsLinear(head, None, sms)
+        rotary = RotaryEmbedding.build(config.rope, config.head_dim, max_positions, device)
+        self._angles = rotary.cos.contiguous(), rotary.sin.contiguous()
+        self._heads = HeadLayout(config.num_heads, config.num_kv_heads, config.head_dim, config.rms_norm_eps)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._embedding.dtype
+
+    @property
+    def weight_bytes(self) -> int:
+        """Read by one decode step."""
+        layers = (
+            tensor.numel()
+            for layer in self._layers
+            for tensor in (layer.qkv.weight, layer.o.weight, layer.gate_up.weight, layer.down.weight)
+        )
+        return (sum(layers) + self._head.weight.numel()) * self._embedding.element_size()
+
+    def forward(self, rows: Rows, pool: Tensor) -> Tensor:
+        """Writes the rows' K and V into the pool; `[R, vocab]` float32 logits."""
+        eps = self.config.rms_norm_eps
+        count, width = len(rows.token_ids), self._embedding.shape[1]
+        residual = torch.empty(count, width, dtype=torch.float32, device=self.device)
+        normed = embed_norm(rows.token_ids, self._embedding, self._layers[0].input_norm, eps, residual)
+        parts = normed[None]
+        for index, layer in enumerate(self._layers):
+            if index:
+                normed = add_rms_norm(parts, residual, layer.input_norm, eps)
+            attended = self._attend(layer, normed, rows, pool[:, index])
+            normed = add_rms_norm(layer.o(attended), residual, layer.post_norm, eps)
+            parts = layer.down(silu_and_mul(layer.gate_up(normed), self.dtype))
+        if rows.logits_rows is not None:
+            parts, residual = parts[:, rows.logits_rows], residual[rows.logits_rows]
+        return self._logits(add_rms_norm(parts, residual, self._norm, eps))
+
+    def _attend(self, layer: _Layer, normed: Tensor, rows: Rows, cache: Tensor) -> Tensor:
+        query = rope_append(
+            layer.qkv(normed),
+            self._heads,
+            bias=layer.qkv_bias,
+            norms=layer.norms,
+            angles=self._angles,
+            positions=rows.positions,
+            slots=rows.slots,
+            tables=rows.tables,
+            cache=cache,
+        )
+        return rows.attend(query, cache).view(len(normed), -1)
+
+    def _logits(self, normed: Tensor) -> Tensor:
+        if len(normed) <= MAX_ROWS:
+            parts = self._head(normed)
+            return parts[0] if len(parts) == 1 else parts.sum(0)
+        return torch.mm(normed, self._head.weight.T, out_dtype=torch.float32)
