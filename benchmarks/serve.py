@@ -178,6 +178,7 @@ class Benchmark:
                     about[path.removeprefix("/")] = await response.json() if response.status == 200 else None
             except (aiohttp.ClientError, asyncio.TimeoutError, ValueError):
                 about[path.removeprefix("/")] = None
+        (about["server_info"] or {}).pop("tokenizer_path", None)  # a path of the server's machine
         return about
 
     def _settings(self) -> dict[str, Any]:
