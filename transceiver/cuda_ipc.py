@@ -8,12 +8,10 @@ process need see only its own GPU. A mapping is closed when its owner is gone an
 
 import logging
 import os
-import threading
 import time
 import weakref
 
 import msgspec
-import numpy as np
 import torch
 
 from diptych.errors import ConfigError, TransferError
@@ -22,8 +20,10 @@ from diptych.transceiver.cuda_driver import CudaDriver, DriverError
 from diptych.transceiver.device_copy import DeviceCopier
 from diptych.transceiver.device_pool import NOTE, DevicePool
 from diptych.transceiver.host_region import HostRegion
+from diptych.transceiver.outcome import Outcome
+from diptych.transceiver.peers import Peers
 from diptych.transceiver.plan import CopyPlan
-from diptych.transceiver.pool import DigestKind, Digests, Generations, KvPool
+from diptych.transceiver.pool import DigestKind, KvPool
 from diptych.transceiver.pool_memory import PoolView
 from diptych.transceiver.stop import Stop
 from diptych.transceiver.timer import sharpen_timer
@@ -56,7 +56,7 @@ class CudaIpcPeer:
         self.reason = "both GPUs are on this host"
 
 
-class CudaIpcTransfer:
+class CudaIpcTransfer(Outcome):
     """One kernel launch: it cannot be stopped, so an abort takes effect when it is done, milliseconds later."""
 
     def __init__(
@@ -69,16 +69,11 @@ class CudaIpcTransfer:
         *,
         digest: bool,
     ) -> None:
+        super().__init__(stop)
         self._peer = peer  # keeps its memory mapped
         self._copier = copier
         self._plan = plan
-        self._stop = stop
         self._digest = digest
-        self.state = TransferState.RUNNING
-        self.bytes = 0
-        self.seconds = 0.0
-        self.generations: Generations = np.empty(0, np.uint64)
-        self.digests: Digests | None = None
         stop.check()
         self._started = time.monotonic()
         try:
@@ -93,13 +88,10 @@ class CudaIpcTransfer:
             self._stop.check()
             self.generations = self._peer.view.generations[self._plan.source_blocks]
         except TransferError:
-            self.state = TransferState.ABORTED if self._stop.aborted else TransferState.FAILED
+            self._fail()
             raise
         self.bytes = self._plan.num_bytes
         self.state = TransferState.DONE
-
-    def abort(self) -> None:
-        self._stop.abort()
 
     def _settle(self) -> None:
         """Until the GPU writes no more. No deadline: what it may still write to is nobody else's before that."""
@@ -119,8 +111,7 @@ class CudaIpcTransport:
         self._num_programs = context.copy_programs
         self._memory: DevicePool | None = None
         self._copier: DeviceCopier | None = None
-        self._lock = threading.Lock()
-        self._peers: dict[bytes, CudaIpcPeer] = {}  # by descriptor
+        self._peers: Peers[CudaIpcPeer] = Peers()
 
     def register(self, memory: KvPool) -> bytes:
         if not isinstance(memory, DevicePool):
@@ -132,12 +123,8 @@ class CudaIpcTransport:
 
     def connect(self, descriptor: bytes, stop: Stop) -> CudaIpcPeer:
         assert self._memory is not None, "connect before register"
-        region = HostRegion.decode(descriptor)
-        with self._lock:
-            peer = self._peers.get(descriptor)
-            if peer is None:
-                peer = self._peers[descriptor] = _open(region, self._memory.driver)
-            return peer
+        region, driver = HostRegion.decode(descriptor), self._memory.driver
+        return self._peers.add(descriptor, region.identity.incarnation, lambda: _open(region, driver))
 
     def start(
         self,
@@ -172,14 +159,10 @@ class CudaIpcTransport:
         return best
 
     def forget(self, incarnation: str) -> None:
-        with self._lock:
-            for descriptor, peer in list(self._peers.items()):
-                if peer.view.identity.incarnation == incarnation:
-                    del self._peers[descriptor]
+        self._peers.forget(incarnation)
 
     def close(self) -> None:
-        with self._lock:
-            self._peers.clear()
+        self._peers.clear()
 
     def _transfer(
         self, peer: CudaIpcPeer, destination: torch.Tensor, plan: CopyPlan, stop: Stop, *, digest: bool

@@ -5,15 +5,16 @@ what decides is the header of the memory itself. Works while the owner is stoppe
 the mapping lives, which `forget` ends.
 """
 
-import threading
 import time
 
 import numpy as np
 
 from diptych.errors import ConfigError, TransferError
 from diptych.transceiver.host_region import HostRegion
+from diptych.transceiver.outcome import Outcome
+from diptych.transceiver.peers import Peers
 from diptych.transceiver.plan import CopyPlan
-from diptych.transceiver.pool import Bytes, DigestKind, Digests, Generations, KvPool
+from diptych.transceiver.pool import Bytes, DigestKind, KvPool
 from diptych.transceiver.pool_memory import PoolMemory, PoolView
 from diptych.transceiver.stop import Stop
 from diptych.transceiver.transport import (
@@ -35,35 +36,27 @@ class ShmPeer:
         self.reason = "same host"
 
 
-class ShmTransfer:
+class ShmTransfer(Outcome):
     def __init__(
         self, view: PoolView, destination: Bytes, plan: CopyPlan, stop: Stop, landed: Landed
     ) -> None:
+        super().__init__(stop)
         self._view = view
         self._destination = destination
         self._spans = plan.pieces(PIECE_BYTES)
         self._source_blocks = plan.source_blocks
-        self._stop = stop
         self._landed = landed
-        self.state = TransferState.RUNNING
-        self.bytes = 0
-        self.seconds = 0.0
-        self.generations: Generations = np.empty(0, np.uint64)
-        self.digests: Digests | None = None
 
     def wait(self) -> None:
         started = time.monotonic()
         try:
             self._copy()
         except TransferError:
-            self.state = TransferState.ABORTED if self._stop.aborted else TransferState.FAILED
+            self._fail()
             raise
         finally:
             self.seconds = time.monotonic() - started
         self.state = TransferState.DONE
-
-    def abort(self) -> None:
-        self._stop.abort()
 
     def _copy(self) -> None:
         source, destination, spans = self._view.data, self._destination, self._spans
@@ -86,8 +79,7 @@ class ShmTransport:
 
     def __init__(self, context: TransportContext) -> None:
         self._memory: PoolMemory | None = None
-        self._lock = threading.Lock()
-        self._peers: dict[bytes, ShmPeer] = {}  # by descriptor
+        self._peers: Peers[ShmPeer] = Peers()
 
     def register(self, memory: KvPool) -> bytes:
         if not isinstance(memory, PoolMemory):
@@ -97,11 +89,7 @@ class ShmTransport:
 
     def connect(self, descriptor: bytes, stop: Stop) -> ShmPeer:
         region = HostRegion.decode(descriptor)
-        with self._lock:
-            peer = self._peers.get(descriptor)
-            if peer is None:
-                peer = self._peers[descriptor] = ShmPeer(region.open())
-            return peer
+        return self._peers.add(descriptor, region.identity.incarnation, lambda: ShmPeer(region.open()))
 
     def start(
         self,
@@ -126,11 +114,7 @@ class ShmTransport:
         return transfer.bytes / transfer.seconds / 1e9
 
     def forget(self, incarnation: str) -> None:
-        with self._lock:
-            for descriptor, peer in list(self._peers.items()):
-                if peer.view.identity.incarnation == incarnation:
-                    del self._peers[descriptor]
+        self._peers.forget(incarnation)
 
     def close(self) -> None:
-        with self._lock:
-            self._peers.clear()
+        self._peers.clear()

@@ -14,8 +14,10 @@ import numpy as np
 from diptych.errors import TransferError
 from diptych.transceiver.connection import Connection
 from diptych.transceiver.frames import MAX_SPANS, BadFrame, Read, Refused, Sending, Sent
+from diptych.transceiver.outcome import Outcome
+from diptych.transceiver.peers import Peers
 from diptych.transceiver.plan import CopyPlan
-from diptych.transceiver.pool import DigestKind, Digests, Generations, KvPool
+from diptych.transceiver.pool import DigestKind, Generations, KvPool
 from diptych.transceiver.spans import Int64s, batches, cut
 from diptych.transceiver.staging import BATCH_BYTES, HostInlet, Inlet, Outlet, inlet_of, outlet_of
 from diptych.transceiver.staging import MAX_SPANS as MAX_BATCH_SPANS
@@ -31,7 +33,7 @@ from diptych.transceiver.transport import (
 from diptych.transceiver.wires import StreamPeer, StreamRegion, Wire, Wires, broken
 
 
-class StreamTransfer:
+class StreamTransfer(Outcome):
     def __init__(
         self,
         peer: StreamPeer,
@@ -43,20 +45,15 @@ class StreamTransfer:
         digest_kind: DigestKind | None,
         settled: Callable[[Inlet], None],
     ) -> None:
+        super().__init__(stop)
         self._peer = peer
         self._wire = wire
         self._inlet = inlet
         self._plan = plan
         self._spans = plan.pieces(BATCH_BYTES)
-        self._stop = stop
         self._landed = ignore_landed if inlet.digests(plan, digest_kind) else landed
         self._digest_kind = digest_kind
         self._settled = settled  # takes the inlet back
-        self.state = TransferState.RUNNING
-        self.bytes = 0
-        self.seconds = 0.0
-        self.generations: Generations = np.empty(0, np.uint64)
-        self.digests: Digests | None = None
 
     def wait(self) -> None:
         started = time.monotonic()
@@ -73,14 +70,11 @@ class StreamTransfer:
             self.seconds = time.monotonic() - started
             self._release()
 
-    def abort(self) -> None:
-        self._stop.abort()
-
     def _release(self) -> None:
         if self.state is TransferState.DONE:
             self._peer.give_back(self._wire)
             return
-        self.state = TransferState.ABORTED if self._stop.aborted else TransferState.FAILED
+        self._fail()
         self._wire.close()
 
     def _requests(self) -> Iterator[tuple[slice, slice]]:
@@ -125,8 +119,8 @@ class StreamTransport:
         self._wires = wires
         self._context = context
         self._memory: KvPool | None = None
+        self._peers: Peers[StreamPeer] = Peers()
         self._lock = threading.Lock()
-        self._peers: dict[bytes, StreamPeer] = {}  # by descriptor
         self._idle: list[Inlet] = []  # not in use: those of a GPU are dear
 
     def register(self, memory: KvPool) -> bytes:
@@ -139,14 +133,12 @@ class StreamTransport:
 
     def connect(self, descriptor: bytes, stop: Stop) -> StreamPeer:
         region = StreamRegion.decode(descriptor)
-        with self._lock:
-            peer = self._peers.get(descriptor)
-        if peer is not None:
-            return peer
+        known = self._peers.find(descriptor)
+        if known is not None:
+            return known
         peer = StreamPeer(region, self._wires, self._context.secret)
         peer.give_back(peer.borrow(stop))  # the proof
-        with self._lock:
-            known = self._peers.setdefault(descriptor, peer)
+        known = self._peers.add(descriptor, region.identity.incarnation, lambda: peer)
         if known is not peer:
             peer.close()
         return known
@@ -171,16 +163,11 @@ class StreamTransport:
         return transfer.bytes / transfer.seconds / 1e9
 
     def forget(self, incarnation: str) -> None:
-        with self._lock:
-            gone = [d for d, peer in self._peers.items() if peer.region.identity.incarnation == incarnation]
-            peers = [self._peers.pop(descriptor) for descriptor in gone]
-        for peer in peers:
+        for peer in self._peers.forget(incarnation):
             peer.close()
 
     def close(self) -> None:
-        with self._lock:
-            peers, self._peers = list(self._peers.values()), {}
-        for peer in peers:
+        for peer in self._peers.clear():
             peer.close()
         self._idle.clear()
 

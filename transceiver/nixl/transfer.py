@@ -9,8 +9,9 @@ from diptych.errors import TransferError
 from diptych.transceiver.frames import Reading
 from diptych.transceiver.nixl.agent import Memory, NixlAgent, RunningRead
 from diptych.transceiver.nixl.peer import POLL_S, NixlPeer, ask_generations, borrowed
+from diptych.transceiver.outcome import Outcome
 from diptych.transceiver.plan import CopyPlan
-from diptych.transceiver.pool import DigestKind, Digests, Generations, KvPool
+from diptych.transceiver.pool import DigestKind, Digests, KvPool
 from diptych.transceiver.pool_memory import PoolMemory
 from diptych.transceiver.spans import Spans, batches
 from diptych.transceiver.stop import Stop
@@ -23,7 +24,7 @@ _READ_SPANS = 4096
 _WINDOW = 2  # reads at a time
 
 
-class NixlTransfer:
+class NixlTransfer(Outcome):
     def __init__(
         self,
         peer: NixlPeer,
@@ -36,20 +37,15 @@ class NixlTransfer:
         digest_kind: DigestKind | None = None,
     ) -> None:
         """`pool`: what `here` belongs to, when anybody wants to know what landed."""
+        super().__init__(stop)
         self._peer = peer
         self._agent = agent
         self._here = here
         self._plan = plan
-        self._stop = stop
         self._pool = pool
         self._landed = landed
         self._digest_kind = digest_kind
         self._running: deque[tuple[RunningRead, Spans]] = deque()
-        self.state = TransferState.RUNNING
-        self.bytes = 0
-        self.seconds = 0.0
-        self.generations: Generations = np.empty(0, np.uint64)
-        self.digests: Digests | None = None
 
     def wait(self) -> None:
         started = time.monotonic()
@@ -67,10 +63,7 @@ class NixlTransfer:
         finally:
             self.seconds = time.monotonic() - started
             if self.state is not TransferState.DONE:
-                self.state = TransferState.ABORTED if self._stop.aborted else TransferState.FAILED
-
-    def abort(self) -> None:
-        self._stop.abort()
+                self._fail()
 
     def _copy(self) -> None:
         size = _READ_BYTES[self._here.kind]

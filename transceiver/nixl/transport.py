@@ -7,7 +7,6 @@ which is no faster than tcp.py. So a read always ends by itself, and a transfer 
 """
 
 import secrets
-import threading
 
 import msgspec
 
@@ -17,6 +16,7 @@ from diptych.transceiver.nixl.memory import context_of, memory_of, scratch_like
 from diptych.transceiver.nixl.owner import NixlOwner
 from diptych.transceiver.nixl.peer import NixlPeer, ask_card
 from diptych.transceiver.nixl.transfer import NixlTransfer
+from diptych.transceiver.peers import Peers
 from diptych.transceiver.plan import CopyPlan
 from diptych.transceiver.pool import DigestKind, KvPool
 from diptych.transceiver.stop import Stop
@@ -38,8 +38,7 @@ class NixlTransport:
     def __init__(self, context: TransportContext) -> None:
         self._context = context
         self._memory: KvPool | None = None
-        self._lock = threading.Lock()
-        self._peers: dict[bytes, NixlPeer] = {}  # by descriptor
+        self._peers: Peers[NixlPeer] = Peers()
 
     def register(self, memory: KvPool) -> bytes:
         identity, server = memory.identity, self._context.server
@@ -64,8 +63,7 @@ class NixlTransport:
         region = StreamRegion.decode(descriptor)
         if region.identity.on_device != self._memory.identity.on_device:
             raise Unreachable("one of the pools is on a GPU, the other is not")
-        with self._lock:
-            peer = self._peers.get(descriptor)
+        peer = self._peers.find(descriptor)
         if peer is None:
             peer = self._meet(descriptor, region, stop)
         peer.prove(self._proof, stop)
@@ -98,16 +96,11 @@ class NixlTransport:
         return best
 
     def forget(self, incarnation: str) -> None:
-        with self._lock:
-            gone = [d for d, peer in self._peers.items() if peer.region.identity.incarnation == incarnation]
-            peers = [self._peers.pop(descriptor) for descriptor in gone]
-        for peer in peers:
+        for peer in self._peers.forget(incarnation):
             peer.close()
 
     def close(self) -> None:
-        with self._lock:
-            peers, self._peers = list(self._peers.values()), {}
-        for peer in peers:
+        for peer in self._peers.clear():
             peer.close()
         if self._memory is not None:
             self._agent.close()
@@ -115,10 +108,9 @@ class NixlTransport:
     def _meet(self, descriptor: bytes, region: StreamRegion, stop: Stop) -> NixlPeer:
         wires = StreamPeer(region, Connections("nixl"), self._context.secret)
         card = ask_card(wires, stop)
-        with self._lock:
-            peer = self._peers.get(descriptor)
-            if peer is None:
-                peer = self._peers[descriptor] = NixlPeer(self._agent, card, wires)
+        peer = self._peers.add(
+            descriptor, region.identity.incarnation, lambda: NixlPeer(self._agent, card, wires)
+        )
         if peer.wires is not wires:  # somebody else was faster
             wires.close()
         return peer
