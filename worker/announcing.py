@@ -10,7 +10,7 @@ from typing import Protocol
 import msgspec
 
 from diptych.wire import Submit, TokenEvent
-from diptych.worker.scheduler import Chunk
+from diptych.worker.plan import Chunk
 from diptych.worker.sequence import Status, content_hash
 
 _ENCODER = msgspec.msgpack.Encoder()

@@ -15,9 +15,9 @@ from diptych.worker.device_state import DeviceState
 from diptych.worker.graphs import DecodeGraphs, graph_sizes
 from diptych.worker.models.config import ModelConfig
 from diptych.worker.models.cuda_network import CudaNetwork, Rows
+from diptych.worker.plan import Chunk, StepPlan
 from diptych.worker.prefill import choose_prefill
 from diptych.worker.sampler import Sampler
-from diptych.worker.scheduler import Chunk, StepPlan
 from diptych.worker.sequence import Sequence
 from diptych.worker.settings import EngineSettings
 

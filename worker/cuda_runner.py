@@ -19,10 +19,10 @@ from diptych.kernels.sampling_triton import DrawParameters, draw_greedy, draw_sa
 from diptych.worker.device_state import DeviceState, Int32s, Staging
 from diptych.worker.graphs import DecodeGraphs
 from diptych.worker.models.cuda_network import CudaNetwork, Rows
+from diptych.worker.plan import Chunk, Drawn, StepPlan
 from diptych.worker.prefill import Prefill
 from diptych.worker.runner import tell_prompt
 from diptych.worker.sampler import Row, Sampler
-from diptych.worker.scheduler import Chunk, Drawn, StepPlan
 from diptych.worker.slots import SlotMap
 
 _UNREAD = -1  # a token that only the device knows

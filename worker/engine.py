@@ -37,7 +37,8 @@ from diptych.wire import (
 from diptych.worker.announcing import Announcer
 from diptych.worker.following import Following
 from diptych.worker.iteration import iteration_stats
-from diptych.worker.scheduler import Commit, Drawn, Offer, Scheduler, StepPlan
+from diptych.worker.plan import Commit, Drawn, Offer, StepPlan
+from diptych.worker.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,8 @@ from diptych.wire import EngineFailed, EngineProgress, EngineReady
 from diptych.worker.blocks import BlockPool
 from diptych.worker.kv_memory import create_pool, num_blocks, require_device, usable_transports
 from diptych.worker.link import EngineLink
-from diptych.worker.scheduler import Scheduler, SchedulerLimits
+from diptych.worker.plan import SchedulerLimits
+from diptych.worker.scheduler import Scheduler
 from diptych.worker.settings import EngineSettings
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ import msgspec
 
 from diptych.transceiver.settings import FollowEnded, PrefillHanded, PrefillProgress
 from diptych.wire import FinishReason, Submit, TokenEvent
-from diptych.worker.scheduler import Scheduler, publish_block
+from diptych.worker.live import publish_block
+from diptych.worker.scheduler import Scheduler
 from diptych.worker.sequence import Sequence
 
 log = logging.getLogger(__name__)

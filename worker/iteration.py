@@ -3,7 +3,8 @@
 from datetime import datetime
 from typing import Any
 
-from diptych.worker.scheduler import Scheduler, StepPlan
+from diptych.worker.plan import StepPlan
+from diptych.worker.scheduler import Scheduler
 
 
 def iteration_stats(

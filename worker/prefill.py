@@ -11,7 +11,7 @@ from diptych.kernels import flashinfer_attention
 from diptych.kernels.flashinfer_attention import AttentionShape, FlashInferPrefill, PagedContext
 from diptych.kernels.prefill_attention_triton import PrefillPlan, prefill_attention
 from diptych.worker.device_state import Int32s
-from diptych.worker.scheduler import Chunk
+from diptych.worker.plan import Chunk
 
 log = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from diptych.worker.plan import Chunk, Drawn, StepPlan
 from diptych.worker.sampler import Row, Sampler, token_logprobs
-from diptych.worker.scheduler import Chunk, Drawn, StepPlan
 from diptych.worker.step import StepBatch
 
 if TYPE_CHECKING:

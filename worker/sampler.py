@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diptych.wire import Logprob, SamplingParams
-from diptych.worker.scheduler import Drawn
+from diptych.worker.plan import Drawn
 
 _MASK = (1 << 64) - 1
 _NUCLEUS_GUESS = (

@@ -8,7 +8,7 @@ import msgspec
 
 from diptych.config import Hardware, LlmConfig, resolve_limits
 from diptych.worker.kv_backend import choose_transports
-from diptych.worker.scheduler import CapacityPolicy
+from diptych.worker.plan import CapacityPolicy
 
 
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):

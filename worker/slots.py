@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from diptych.worker.device_state import DeviceState, Int32s, float_bits, seed_words
-from diptych.worker.scheduler import Chunk
+from diptych.worker.plan import Chunk
 from diptych.worker.sequence import Sequence, Status
 
 

@@ -13,7 +13,8 @@ from diptych.wire import EngineOutput, FromEngine, SamplingParams, Submit, ToEng
 from diptych.worker.blocks import BlockPool
 from diptych.worker.engine import Engine
 from diptych.worker.link import encode
-from diptych.worker.scheduler import Scheduler, SchedulerLimits
+from diptych.worker.plan import SchedulerLimits
+from diptych.worker.scheduler import Scheduler
 
 
 @dataclass

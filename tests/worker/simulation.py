@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from diptych.wire import Logprob, SamplingParams, SequenceTimes, Submit, TokenEvent
 from diptych.worker.blocks import BlockPool
-from diptych.worker.scheduler import Drawn, Fetch, Scheduler, SchedulerLimits, StepPlan
+from diptych.worker.plan import Drawn, Fetch, SchedulerLimits, StepPlan
+from diptych.worker.scheduler import Scheduler
 from diptych.worker.sequence import Sequence
 
 VOCAB = 50

@@ -15,8 +15,9 @@ from diptych.worker.device_state import DeviceState
 from diptych.worker.models.build import build_model
 from diptych.worker.models.config import ModelConfig, RopeConfig
 from diptych.worker.models.weights import dummy_weights
+from diptych.worker.plan import SchedulerLimits
 from diptych.worker.sampler import Row, Sampler
-from diptych.worker.scheduler import Scheduler, SchedulerLimits
+from diptych.worker.scheduler import Scheduler
 from diptych.worker.step import StepBatch
 
 ON_GPU = torch.cuda.is_available()

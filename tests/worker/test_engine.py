@@ -20,7 +20,8 @@ from diptych.wire import (
 )
 from diptych.worker.blocks import BlockPool
 from diptych.worker.engine import Engine
-from diptych.worker.scheduler import Drawn, Scheduler, SchedulerLimits
+from diptych.worker.plan import Drawn, SchedulerLimits
+from diptych.worker.scheduler import Scheduler
 from diptych.worker.sequence import content_hash
 
 

@@ -6,7 +6,7 @@ import torch
 
 from diptych.wire import SamplingParams, Submit
 from diptych.worker.device_state import DeviceState, Staging
-from diptych.worker.scheduler import Chunk
+from diptych.worker.plan import Chunk
 from diptych.worker.sequence import Sequence, Status
 from diptych.worker.slots import SlotMap
 
