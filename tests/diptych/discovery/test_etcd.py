@@ -14,7 +14,8 @@ from diptych.discovery.etcd_client import EtcdAddress, EtcdClient, EtcdRefused, 
 from diptych.errors import ConfigError
 from tests.diptych.discovery.conftest import TIMING, EtcdWorld
 from tests.diptych.discovery.test_conformance import worker
-from tests.fakes.real_etcd import Etcd, free_port
+from tests.fakes.ports import free_port
+from tests.fakes.real_etcd import Etcd
 
 READERS_TTL_S = 2.0
 
