@@ -25,7 +25,7 @@ from diptych.openai import (
 )
 from diptych.telemetry import Timeline
 from diptych.text import ChoiceText, Delta
-from diptych.wire import Submit, TokenEvent
+from diptych.wire import SequenceTimes, Submit, TokenEvent
 from diptych.worker.interval import StreamInterval
 from diptych.worker.prompts import check_length
 from diptych.worker.service import WorkerService
@@ -44,6 +44,7 @@ class Choice:
     text: ChoiceText
     submit: Submit | None
     cached_tokens: int = 0
+    has_fetched: bool | None = None  # its KV came from the context worker; None: not known yet
     handed_on: DisaggregatedParams | None = None  # what the context leg tells the generation leg
 
     @property
@@ -96,6 +97,14 @@ class Job:
         """What tells the stages of the two legs apart in one Server-Timing header."""
         prefixes = {"context_only": "ctx_", "generation_only": "gen_"}
         return prefixes.get(self._leg.request_type, "") if self._leg else ""
+
+    @property
+    def has_fetched(self) -> bool | None:
+        """Whether a generation leg has the KV of every choice from the context worker; None: not known yet."""
+        if self._leg is None or self._leg.request_type != "generation_only":
+            return None
+        fetched = [choice.has_fetched for choice in self.choices if choice.submit is not None]
+        return None if None in fetched else all(fetched)
 
     @property
     def finished(self) -> bool:
@@ -288,8 +297,10 @@ class Job:
             del self._open[event.request_id]
             log.warning("%s: %s", self.request_id, event.error)
             raise _error(event)
-        if event.times is not None and self._first_token_at is None:
-            self._note_first_token(event)
+        if event.times is not None:
+            choice.has_fetched = event.times.wire_bytes > 0
+            if self._first_token_at is None:
+                self._note_first_token(event.times)
         cached = event.num_cached_tokens if choice.submit and not choice.submit.output_token_ids else None
         if cached is not None:
             choice.cached_tokens = cached
@@ -328,9 +339,7 @@ class Job:
             stop_reason=None if goes_on else delta.stop_reason,
         )
 
-    def _note_first_token(self, event: TokenEvent) -> None:
-        times = event.times
-        assert times is not None
+    def _note_first_token(self, times: SequenceTimes) -> None:
         self._first_token_at = time.monotonic()
         wire_s = min(times.wire_s, times.fetch_s)
         self._timeline.mark_split(
