@@ -176,6 +176,8 @@ class FaultMesh:
             assert outcome.dones == 1 and not outcome.errors, outcome.errors
         (context,) = [worker for worker in self.contexts if _served(worker, request_id)]
         (generation,) = [worker for worker in self.generations if _served(worker, request_id)]
+        # The word that the ticket is done with comes after the answer: who is stopped before it holds the blocks.
+        await asyncio.to_thread(self.wait_rest, context, generation)
         return context, generation
 
     async def session_of(
