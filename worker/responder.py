@@ -25,7 +25,8 @@ from diptych.openai import (
 from diptych.telemetry import Timeline
 from diptych.text import Delta
 from diptych.wire import FETCHED_HEADER, SamplingParams, Submit, TokenEvent
-from diptych.worker.job import Choice, Job
+from diptych.worker.choices import Choice
+from diptych.worker.job import Job
 from diptych.worker.keys import SERVICE
 from diptych.worker.prompts import tokenize_prompts
 from diptych.worker.service import WorkerService
