@@ -1,6 +1,7 @@
 """A way for KV blocks that tests can break: tickets that lead through a proxy, and who hands them out."""
 
 import base64
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,7 +13,7 @@ from aiohttp import web
 from diptych.transceiver import ticket as tickets
 from diptych.transceiver.ticket import Ticket
 from diptych.transceiver.wires import StreamRegion
-from tests.fakes.tcp_proxy import TcpProxy
+from tests.fakes.tcp_proxy import TcpProxy, Way
 
 
 def ticket_of(params: dict[str, Any]) -> Ticket:
@@ -37,8 +38,10 @@ class Detour:
     Use as ``async with``.
     """
 
-    def __init__(self, worker_url: str) -> None:
+    def __init__(self, worker_url: str, silent_ways: Sequence[Way]) -> None:
+        """`silent_ways`: none means both."""
         self._worker_url = worker_url
+        self._silent_ways = silent_ways
         self.proxy: TcpProxy | None = None  # made when the first ticket says where the blocks are
         self.port = 0
         self._stack = ExitStack()
@@ -75,6 +78,6 @@ class Detour:
             params = choice["disaggregated_params"]
             if self.proxy is None:
                 self.proxy = self._stack.enter_context(TcpProxy(ticket_of(params).port))
-                self.proxy.silence()
+                self.proxy.silence(*self._silent_ways)
             choice["disaggregated_params"] = through(self.proxy, params)
         return orjson.dumps(answer)
