@@ -87,6 +87,11 @@ class Logprob(msgspec.Struct, frozen=True, array_like=True):
     top: list[tuple[int, float]] = []  # most likely first
 
 
+# Of a generation leg's response, in its head: "1" when the KV of all its tickets has come, "0" when it computes
+# prompts instead; left out when that is not known yet.
+FETCHED_HEADER = "X-Diptych-Fetched"
+
+
 class SequenceTimes(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Durations of the stages before a sequence's first token here; they sum to the engine's part of TTFT."""
 

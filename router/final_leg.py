@@ -24,9 +24,11 @@ from diptych.router.frontends.openai import Call, Prefill
 from diptych.router.leg import Leg, is_late, left
 from diptych.router.pool import Pool
 from diptych.router.worker_view import WorkerView
+from diptych.wire import FETCHED_HEADER
 
 _log = logging.getLogger(__name__)
 
+_FETCHED = FETCHED_HEADER.lower().encode()
 _ELSEWHERE = {429, 500, 502, 503}  # statuses that another worker may do better
 
 # Workers to try, none of the given ones; each that is given out is added to them.
@@ -65,14 +67,15 @@ class FinalLeg:
         self._early = early if early is not None and early.worker is not None else None
         self._journal = bytearray() if self._early is None else self._early.journal
         self._is_beyond_repair = False  # the client has bytes that no journal knows
+        self._knows_fetched = False  # the worker has said whether it fetched
         self._failures = 0
         self._tried: set[str] = set()
         self._workers = choose(self._tried)
 
     @property
-    def undisturbed(self) -> bool:
-        """The first worker did it all, and took every ticket over."""
-        return self._failures == 0 and not self._client.failed
+    def tickets_are_settled(self) -> bool:
+        """The first worker did it all, and fetched the blocks of every ticket, or they have been returned."""
+        return self._failures == 0 and not self._client.failed and self._knows_fetched
 
     async def run(self, failure: DiptychError | Reply | None) -> Answered:
         """`failure`: what the client is told when there is no worker at all."""
@@ -127,6 +130,7 @@ class FinalLeg:
         started = time.monotonic()
         with worker:
             async with self._send(worker) if early is None else early.take() as exchange:
+                self._note_fetched(exchange)
                 if exchange.status == HTTPStatus.OK and call.stream:
                     first = await exchange.first()
                     metrics.first_token.observe(time.monotonic() - started)
@@ -142,6 +146,13 @@ class FinalLeg:
         metrics.complete.observe(time.monotonic() - started)
         (metrics.errors if client.failed else metrics.completed).inc()
         return response
+
+    def _note_fetched(self, exchange: Exchange) -> None:
+        """A worker that computes the prompt may be one that cannot reach the context worker to tell it so."""
+        fetched = exchange.head.get(_FETCHED)
+        self._knows_fetched = fetched is not None
+        if fetched == b"0" and self._release is not None:
+            self._release(None)
 
     def _send(self, worker: WorkerView) -> Exchange:
         journal = self._journal if self._call.stream else None

@@ -3,7 +3,7 @@
     context leg   fails, or its worker's line is full -> another context worker
                   none left -> the final leg does the whole request; full everywhere -> the client's 429
     early leg     with schedule_style generation_first: the generation leg, sent beside the first context leg
-    between       the tickets are ours: returned unless a generation worker has taken them over
+    between       the tickets are ours: returned unless a generation worker has fetched their blocks
     final leg     generation, or all of it; final_leg.py says what happens when it fails
 
 Cancellation (the client went away) closes the connections of the legs that run, and with them the legs. Whatever
@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from http import HTTPStatus
 from types import TracebackType
+from typing import Any
 
 import msgspec
 import orjson
@@ -88,12 +89,12 @@ class Flow:
             return client.pass_on(context)
         route.end()
         client.set_header("X-Diptych-Context-Worker", context.worker.worker_id)
-        taken_over = False
+        settled = False
         try:
             if call.stream and context.prefill.stream_head:
                 await client.start(context.prefill.stream_head.encode())
             if context.prefill.finished:
-                taken_over = True  # nothing is held for a sequence that has ended
+                settled = True  # nothing is held for a sequence that has ended
                 if client.started:
                     return await client.finish(left(call))
                 return client.answer(HTTPStatus.OK, client_answer(context.body))
@@ -101,10 +102,10 @@ class Flow:
             workers = partial(self._workers, route, model, ("GENERATION", "CONTEXT"))
             final = self._final_leg(call, client, workers, context, early)
             response = await final.run(None)
-            taken_over = final.undisturbed
+            settled = final.tickets_are_settled
             return response
         finally:
-            if not taken_over:
+            if not settled:
                 self._release(call, context, None)
 
     def _final_leg(
@@ -215,9 +216,10 @@ class Flow:
 
     def _revoke(self, call: Call, worker: WorkerView) -> None:
         """Return whatever the context leg of this request got from the worker, or gets yet."""
-        self._post_release(call, worker, {"disagg_request_ids": [call.unique_id]})
+        what = {"disagg_request_ids": [call.unique_id], "incarnation": worker.info.incarnation}
+        self._post_release(call, worker, what)
 
-    def _post_release(self, call: Call, worker: WorkerView, what: dict[str, list[str]]) -> None:
+    def _post_release(self, call: Call, worker: WorkerView, what: dict[str, Any]) -> None:
         async def post() -> None:
             now = time.monotonic()
             try:

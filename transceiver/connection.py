@@ -7,6 +7,7 @@ Python's, so that one system call can move a whole batch of blocks.
 import select
 import socket
 import struct
+import time
 from collections.abc import Sequence
 
 from diptych.errors import TransferError
@@ -15,6 +16,7 @@ from diptych.transceiver.frames import BadFrame, Hello, Kind, Message, Prove, Re
 from diptych.transceiver.stop import Stop
 
 MAX_IOVECS = 512
+CONNECT_S = 5.0  # a host that does not answer by then is gone, however long the fetch may take
 
 _SLICE = struct.pack("@ll", 0, 100_000)  # struct timeval: after this long without progress, look at the Stop
 
@@ -134,8 +136,11 @@ def _connect(host: str, port: int, stop: Stop) -> socket.socket:
         sock.connect_ex(address)
         poll = select.poll()
         poll.register(sock, select.POLLOUT)
+        given_up_at = time.monotonic() + CONNECT_S
         while not poll.poll(stop.slice_s() * 1000):
             stop.check()
+            if time.monotonic() >= given_up_at:
+                raise TimeoutError(f"no answer within {CONNECT_S:g} s")
         failure = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if failure:
             raise OSError(failure, "connection failed")
@@ -151,10 +156,11 @@ def _tune(sock: socket.socket) -> None:
     # that and be cut to net.core.rmem_max, which is small on most hosts.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _SLICE)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _SLICE)
-    # A host that vanished says nothing: after some 25 s of silence the kernel calls the connection dead.
+    # A host that vanished says nothing: after some 5 s of silence the kernel calls the connection dead. It answers
+    # for a process that is only stopped or busy.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 2)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
 
 

@@ -30,10 +30,14 @@ _HEALTH_TIMEOUT_S = 30.0
 
 
 class _Release(msgspec.Struct):
-    """What /kv/release takes: tickets, or context legs by their request's id (see handed_out.py)."""
+    """What /kv/release takes: tickets, or context legs by their request's id (see handed_out.py).
+
+    `incarnation`: of the process that is meant; another one at its address has nothing to return.
+    """
 
     ticket_ids: list[str] = []
     disagg_request_ids: list[str | int] = []
+    incarnation: str = ""
 
 
 class _RoleChange(msgspec.Struct):
@@ -231,12 +235,13 @@ async def _release(request: web.Request) -> web.Response:
         wanted = msgspec.json.decode(await request.read(), type=_Release)
     except msgspec.DecodeError:
         raise InvalidRequest(
-            'the body must be {"ticket_ids": [string, ...], "disagg_request_ids": [id, ...]}',
+            'the body must be {"ticket_ids": [string, ...], "disagg_request_ids": [id, ...], "incarnation": string}',
             param="ticket_ids",
         ) from None
     ticket_ids = [*wanted.ticket_ids]
-    for request_id in wanted.disagg_request_ids:
-        ticket_ids += service.handed_out.revoke(request_id)
+    if wanted.incarnation in ("", service.incarnation):
+        for request_id in wanted.disagg_request_ids:
+            ticket_ids += service.handed_out.revoke(request_id)
     for ticket_id in ticket_ids:
         service.engine.release(ticket_id)
     return _json({"released": len(ticket_ids)})

@@ -2,14 +2,12 @@
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
 
 import msgspec
 
-from diptych.errors import DeadlineExceeded, DiptychError, InvalidRequest, from_wire
+from diptych.errors import DeadlineExceeded, DiptychError, from_wire
 from diptych.journal import Entry, journal_line
 from diptych.openai import (
     ChatRequest,
@@ -17,38 +15,19 @@ from diptych.openai import (
     CompletionRequest,
     DisaggregatedParams,
     ResponseHead,
-    SamplingDefaults,
     Usage,
     encode_ticket,
-    to_choice_text,
-    to_sampling_params,
 )
 from diptych.telemetry import Timeline
-from diptych.text import ChoiceText, Delta
-from diptych.wire import Submit, TokenEvent
+from diptych.text import Delta
+from diptych.wire import SequenceTimes, TokenEvent
+from diptych.worker.choices import Choice, ChoiceBuilder
 from diptych.worker.interval import StreamInterval
-from diptych.worker.prompts import check_length
 from diptych.worker.service import WorkerService
 
 log = logging.getLogger(__name__)
 
 _GRACE_S = 10.0  # the engine ends late sequences itself; this is for an engine that says nothing
-
-
-@dataclass(slots=True)
-class Choice:
-    """One (prompt, n) pair. `submit` is None when its first token, drawn by the context leg, was its last."""
-
-    index: int
-    prompt: list[int]
-    text: ChoiceText
-    submit: Submit | None
-    cached_tokens: int = 0
-    handed_on: DisaggregatedParams | None = None  # what the context leg tells the generation leg
-
-    @property
-    def is_done(self) -> bool:
-        return self.text.finish_reason is not None
 
 
 class Job:
@@ -77,11 +56,7 @@ class Job:
         self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
         self._first_token_at: float | None = None
         self._prompts = prompts
-        self.choices = [
-            self._choice(prompt_index * request.n + number, number, prompt)
-            for prompt_index, prompt in enumerate(prompts)
-            for number in range(request.n)
-        ]
+        self.choices = ChoiceBuilder(service, request, head, timeout_s).build(prompts)
         self._open: dict[str, Choice] = {}
         self.journaled = journaled
         # The first line names every choice.
@@ -96,6 +71,14 @@ class Job:
         """What tells the stages of the two legs apart in one Server-Timing header."""
         prefixes = {"context_only": "ctx_", "generation_only": "gen_"}
         return prefixes.get(self._leg.request_type, "") if self._leg else ""
+
+    @property
+    def has_fetched(self) -> bool | None:
+        """Whether a generation leg has the KV of every choice from the context worker; None: not known yet."""
+        if self._leg is None or self._leg.request_type != "generation_only":
+            return None
+        fetched = [choice.has_fetched for choice in self.choices if choice.submit is not None]
+        return None if None in fetched else all(fetched)
 
     @property
     def finished(self) -> bool:
@@ -184,87 +167,6 @@ class Job:
     def prompts(self) -> list[list[int]]:
         return self._prompts
 
-    # Building the choices
-
-    def _choice(self, index: int, number: int, prompt: list[int]) -> Choice:
-        request, service = self._request, self._service
-        max_seq_len = service.ready.max_seq_len
-        check_length(len(prompt), request.max_tokens, max_seq_len)
-        echoes = isinstance(request, CompletionRequest) and request.echo
-        text = to_choice_text(request, service.tokenizer, echo=prompt if echoes else ())
-        seeded, choice_index = request, number
-        if request.seed is None and self._leg is not None and self._leg.seed is not None:
-            # The router's seed stands for none: no two choices draw alike, equal prompts or not.
-            seeded, choice_index = msgspec.structs.replace(request, seed=self._leg.seed), index
-        params = to_sampling_params(
-            seeded,
-            vocab_size=service.ready.vocab_size,
-            default_max_tokens=max_seq_len - len(prompt),
-            choice_index=choice_index,
-            defaults=SamplingDefaults(),
-        )
-        submit = Submit(
-            request_id=f"{self.head.id}.{index}.{secrets.token_hex(3)}",
-            prompt_token_ids=prompt,
-            params=params,
-            request_type=self._leg.request_type if self._leg else "context_and_generation",
-            timeout_s=self._timeout_s,
-            cache_salt=request.cache_salt,
-        )
-        if self._leg is None:
-            return Choice(index, prompt, text, submit)
-        owner = self._leg.followed_owner()
-        if self._leg.request_type == "generation_only" and not owner:
-            return self._continued(index, prompt, text, submit, self._leg.of_choice(index))
-        submit = msgspec.structs.replace(submit, owner=owner, handover_key=self._leg.handover_key(index))
-        return Choice(index, prompt, text, submit)
-
-    def _continued(
-        self, index: int, prompt: list[int], text: ChoiceText, submit: Submit, handed: DisaggregatedParams
-    ) -> Choice:
-        """A choice whose first tokens were drawn elsewhere: its text is brought to the same state."""
-        first = handed.first_gen_tokens
-        if first is None:
-            raise InvalidRequest(
-                "disaggregated_params.first_gen_tokens is missing; a generation leg needs the token that the "
-                "context leg drew",
-                param="disaggregated_params.first_gen_tokens",
-            )
-        cached = handed.cached_tokens or 0
-        if not first and handed.finish_reason is None:
-            submit = msgspec.structs.replace(submit, request_type="context_and_generation")
-            return Choice(index, prompt, text, submit, cached)
-        logprobs = handed.first_gen_logprobs
-        if logprobs is not None and len(logprobs) != len(first):
-            raise InvalidRequest(
-                f"disaggregated_params.first_gen_logprobs has {len(logprobs)} entries; it must have one for "
-                f"each of the {len(first)} first_gen_tokens",
-                param="disaggregated_params.first_gen_logprobs",
-            )
-        of_prompt = handed.prompt_logprobs
-        if of_prompt is not None and len(of_prompt) != len(prompt) - 1:
-            raise InvalidRequest(
-                f"disaggregated_params.prompt_logprobs has {len(of_prompt)} entries; it must have one for each "
-                f"of the prompt's {len(prompt)} tokens but the first",
-                param="disaggregated_params.prompt_logprobs",
-            )
-        ended = handed.finish_reason
-        stop_token = handed.stop_reason if isinstance(handed.stop_reason, int) else None
-        text.feed(
-            TokenEvent(
-                request_id="",
-                token_ids=first,
-                logprobs=logprobs,
-                prompt_logprobs=of_prompt,
-                finish_reason=ended,
-                stop_token_id=stop_token,
-            )
-        )
-        if text.finish_reason is not None:
-            return Choice(index, prompt, text, None, cached)
-        submit = msgspec.structs.replace(submit, output_token_ids=first, ticket=handed.ticket())
-        return Choice(index, prompt, text, submit, cached)
-
     # Events
 
     async def _next_event(self) -> TokenEvent:
@@ -288,8 +190,10 @@ class Job:
             del self._open[event.request_id]
             log.warning("%s: %s", self.request_id, event.error)
             raise _error(event)
-        if event.times is not None and self._first_token_at is None:
-            self._note_first_token(event)
+        if event.times is not None:
+            choice.has_fetched = event.times.wire_bytes > 0
+            if self._first_token_at is None:
+                self._note_first_token(event.times)
         cached = event.num_cached_tokens if choice.submit and not choice.submit.output_token_ids else None
         if cached is not None:
             choice.cached_tokens = cached
@@ -328,9 +232,7 @@ class Job:
             stop_reason=None if goes_on else delta.stop_reason,
         )
 
-    def _note_first_token(self, event: TokenEvent) -> None:
-        times = event.times
-        assert times is not None
+    def _note_first_token(self, times: SequenceTimes) -> None:
         self._first_token_at = time.monotonic()
         wire_s = min(times.wire_s, times.fetch_s)
         self._timeline.mark_split(

@@ -24,8 +24,9 @@ from diptych.openai import (
 )
 from diptych.telemetry import Timeline
 from diptych.text import Delta
-from diptych.wire import SamplingParams, Submit, TokenEvent
-from diptych.worker.job import Choice, Job
+from diptych.wire import FETCHED_HEADER, SamplingParams, Submit, TokenEvent
+from diptych.worker.choices import Choice
+from diptych.worker.job import Job
 from diptych.worker.keys import SERVICE
 from diptych.worker.prompts import tokenize_prompts
 from diptych.worker.service import WorkerService
@@ -241,4 +242,7 @@ async def _begin(http: web.Request, job: Job, timeline: Timeline) -> web.StreamR
 
 
 def _headers(job: Job, timeline: Timeline) -> dict[str, str]:
-    return {"Server-Timing": timeline.server_timing(job.stage_prefix), "X-Request-ID": job.request_id}
+    headers = {"Server-Timing": timeline.server_timing(job.stage_prefix), "X-Request-ID": job.request_id}
+    if job.has_fetched is not None:
+        headers[FETCHED_HEADER] = str(int(job.has_fetched))
+    return headers

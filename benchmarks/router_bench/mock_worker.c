@@ -143,9 +143,11 @@ static void put_event(Connection *connection) {
 }
 
 static void put_json(Connection *connection, const char *body, int length) {
-    char head[120];
+    char head[144];
     int head_length = snprintf(
-        head, sizeof head, "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n", length);
+        head, sizeof head,
+        "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nX-Diptych-Fetched: 1\r\nContent-Length: %d\r\n\r\n",
+        length);
     append(&connection->out, head, head_length);
     append(&connection->out, body, length);
 }
@@ -223,7 +225,7 @@ static long number_of(const char *body, size_t length, const char *key, long oth
 static void answer(Connection *connection, const char *head, size_t head_length, const char *body, size_t length) {
     static const char stream_head[] =
         "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nCache-Control: no-cache\r\n"
-        "Transfer-Encoding: chunked\r\n";
+        "X-Diptych-Fetched: 1\r\nTransfer-Encoding: chunked\r\n";
     num_requests++;
     if (memcmp(head, "GET", 3) == 0) {
         put_facts(connection);

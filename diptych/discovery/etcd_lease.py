@@ -116,17 +116,24 @@ class EtcdLease:
             await self._replace(self._lease_id)
 
     async def _renew(self, lease_id: int) -> None:
+        if not await self._lives(lease_id):
+            return
+        item = await self._client.get(self._key, self._call_s)
+        if item is None:
+            # The lease may have ended just before this look: if it lives after it, the key did not go with it.
+            if await self._lives(lease_id):
+                self._note_removal()
+        elif item.lease_id != lease_id:
+            self._written = None  # somebody wrote over it, and took it off our lease
+
+    async def _lives(self, lease_id: int) -> bool:
+        """And goes on living, if it does."""
         if not await self._client.keep_alive(lease_id, self._call_s):
             _log.warning("the lease of %s has ended: announcing it again", self._key)
             self._lease_id = None
-            return
+            return False
         self._renew_at = time.monotonic() + self._timing.keep_alive_s
-        # Only now: the lease lives, so an absent key did not go with it.
-        item = await self._client.get(self._key, self._call_s)
-        if item is None:
-            self._note_removal()
-        elif item.lease_id != lease_id:
-            self._written = None  # somebody wrote over it, and took it off our lease
+        return True
 
     async def _announce(self) -> None:
         info, lease_id = self._info, await self._client.grant(self._timing.ttl_s, self._call_s)

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,17 +16,11 @@ import orjson
 import pytest
 import yaml
 
+from tests.fakes.ports import free_port
 from tests.fakes.real_etcd import Etcd, find_etcd
 
 START_S = 120.0
 MODEL = "smollm2-135m-instruct"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def get(url: str, timeout_s: float = 5.0) -> Any:

@@ -6,7 +6,9 @@ import sys
 
 import aiohttp
 import pytest
-from mesh import MODEL, free_port
+from mesh import MODEL
+
+from tests.fakes.ports import free_port
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 HELLO = {"messages": [{"role": "user", "content": "Hello"}]}

@@ -12,7 +12,9 @@ import urllib.request
 import aiohttp
 import orjson
 import pytest
-from mesh import free_port, get, wait_for
+from mesh import get, wait_for
+
+from tests.fakes.ports import free_port
 
 PREFIX = "/trtllm/default/workers/"
 BODY = {"prompt": "The sea", "max_tokens": 4, "temperature": 0, "ignore_eos": True}

@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 
-from mesh import MODEL, free_port, mesh, wait_for
+from mesh import MODEL, mesh, wait_for
+
+from tests.fakes.ports import free_port
 
 PATIENCE_S = 200
 

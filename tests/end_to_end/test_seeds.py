@@ -16,8 +16,9 @@ from pathlib import Path
 
 import orjson
 import pytest
-from mesh import MODEL, START_S, free_port, get, wait_for
+from mesh import MODEL, START_S, get, wait_for
 
+from tests.fakes.ports import free_port
 from tests.fakes.real_etcd import Etcd, find_etcd
 
 CONTEXT_YAML = """\

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from aiohttp import web
 
 from diptych.journal import END, HEADER, Entry, journal_line
+from diptych.wire import FETCHED_HEADER
 
 Leg = Literal["context", "generation", "whole"]
 Failure = Literal[
@@ -44,6 +45,7 @@ class Script:
     hold_after: dict[int, asyncio.Event] = field(default_factory=dict)  # stream: before token n
     state: str = "READY"
     keeps_journal: bool = True
+    fetched: str | None = "1"  # what a generation leg says of its KV
     padding: int = 0  # bytes added to each event
 
 
@@ -179,7 +181,11 @@ class FakeWorker:
             transport.write(b'HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"half":')
             transport.close()
             await asyncio.Event().wait()
-        return web.json_response(self.answer(seen.body))
+        return web.json_response(self.answer(seen.body), headers=self._fetched(leg))
+
+    def _fetched(self, leg: Leg) -> dict[str, str]:
+        said = self.script.fetched
+        return {} if said is None or leg != "generation" else {FETCHED_HEADER: said}
 
     def _prefill(self, seen: Seen) -> dict[str, Any]:
         params = seen.body["disaggregated_params"]
@@ -226,7 +232,9 @@ class FakeWorker:
         return "".join(self.event(text) for text in self.script.tokens[skip:]) + "data: [DONE]\n\n"
 
     async def _stream(self, request: web.Request, seen: Seen, failure: Failure | None) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        response = web.StreamResponse(
+            headers={"Content-Type": "text/event-stream", **self._fetched(seen.leg)}
+        )
         journaled = self.script.keeps_journal and seen.headers.get(HEADER) == "1"
         if journaled:
             response.headers[HEADER] = "1"

@@ -12,6 +12,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from tests.fakes.ports import free_port
+
 START_S = 20.0
 
 
@@ -22,13 +24,6 @@ def find_etcd() -> str | None:
         packaged = Path(spec.origin).parent / "etcdbin" / "etcd"
         found = str(packaged) if packaged.exists() else None
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _b64(text: str) -> str:

@@ -48,6 +48,35 @@ async def test_stream_is_head_then_generation_bytes_verbatim(start_router: Start
     assert context.released == []
 
 
+async def test_tickets_whose_blocks_were_not_fetched_are_returned_while_the_stream_runs(
+    start_router: StartRouter, context, generation
+):
+    generation.script.fetched = "0"
+    generation.script.hold_after[2] = asyncio.Event()
+    router = await start_router(context, generation)
+    reading = asyncio.create_task(router.text(STREAM))
+    await context.wait_for(lambda: context.released == ["c0-ticket-1"])
+    assert not reading.done()
+    generation.script.hold_after[2].set()
+    assert await reading == context.event("one") + generation.events(skip=1)
+    await no_connections(router)
+    assert context.released == ["c0-ticket-1"]
+
+
+async def test_tickets_of_which_nothing_is_known_are_returned_at_the_end(
+    start_router: StartRouter, context, generation
+):
+    generation.script.fetched = None
+    generation.script.hold_after[2] = asyncio.Event()
+    router = await start_router(context, generation)
+    reading = asyncio.create_task(router.text(STREAM))
+    await generation.wait_for(lambda: generation.legs("generation"))
+    assert context.released == []
+    generation.script.hold_after[2].set()
+    assert await reading == context.event("one") + generation.events(skip=1)
+    await context.wait_for(lambda: context.released == ["c0-ticket-1"])
+
+
 async def test_what_each_leg_is_told(start_router: StartRouter, context, generation):
     router = await start_router(context, generation)
     raw = b'{"prompt": "h\\u00e9", "model" : "fake", "n":1}\n'

@@ -9,7 +9,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from tests.router.test_server import free_port, router_process, until_healthy
+from tests.fakes.ports import free_port
+from tests.router.test_server import router_process, until_healthy
 
 WHOLE = {"model": "fake", "prompt": "hello"}
 STREAM = {**WHOLE, "stream": True}

@@ -10,13 +10,9 @@ from contextlib import asynccontextmanager
 import aiohttp
 import pytest
 
+from tests.fakes.ports import free_port
+
 STREAM = {"model": "fake", "prompt": "hello", "stream": True}
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @asynccontextmanager

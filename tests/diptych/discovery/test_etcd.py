@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from diptych.discovery.etcd import EtcdRegistry
-from diptych.discovery.etcd_client import EtcdAddress, EtcdClient, EtcdRefused, EtcdUnreachable
+from diptych.discovery.etcd_client import EtcdAddress, EtcdClient, EtcdRefused, EtcdUnreachable, Item
+from diptych.discovery.etcd_lease import EtcdLease
 from diptych.errors import ConfigError
 from tests.diptych.discovery.conftest import TIMING, EtcdWorld
 from tests.diptych.discovery.test_conformance import worker
-from tests.fakes.real_etcd import Etcd, free_port
+from tests.fakes.ports import free_port
+from tests.fakes.real_etcd import Etcd
 
 READERS_TTL_S = 2.0
 
@@ -81,6 +83,29 @@ async def test_a_wiped_etcd_loses_nobody(own_etcd: Etcd):
         [value] = own_etcd.keys(world.prefix).values()
         assert value["incarnation"] == "a"
         assert not lease.removed.is_set()
+
+
+async def test_a_lease_that_ends_between_its_renewal_and_the_look_at_its_key_is_made_again(own_etcd: Etcd):
+    class Client(EtcdClient):
+        looks = 0
+
+        async def get(self, key: str, timeout_s: float) -> Item | None:
+            self.looks += 1
+            if self.looks == 1:
+                await asyncio.to_thread(own_etcd.end_leases, key)
+            return await super().get(key, timeout_s)
+
+    client = Client(EtcdAddress(endpoints=(own_etcd.url,)))
+    lease = EtcdLease(client, "/trtllm/c/workers/w:1-a", worker(), TIMING)
+    async with world_of(own_etcd) as world:
+        reader = world.reader()
+        await reader.until("w:1-a")
+        await reader.until()
+        await reader.until("w:1-a")
+        assert client.looks
+        assert not lease.removed.is_set()
+    await lease.close()
+    await client.close()
 
 
 async def test_a_stopped_etcd_removes_nobody(own_etcd: Etcd):

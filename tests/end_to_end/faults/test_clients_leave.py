@@ -2,11 +2,13 @@
 
 import asyncio
 import random
+import secrets
 from typing import Any
 
 import pytest
 from fault_clients import STORY, assert_same, body_of, session, stream
 from fault_mesh import OPTIONS, until
+from mesh import get
 
 NUM_TOKENS = 40
 PROBE_S = 2.0
@@ -187,3 +189,25 @@ async def test_releases_that_come_twice_late_or_for_nothing(faults, sticky):
             assert response.status == 400
         outcome = await stream(client, faults.router.url, body_of("greedy", NUM_TOKENS), headers=sticky)
         assert_same(outcome, expected)
+
+
+async def test_a_release_that_is_meant_for_another_process_returns_nothing(faults):
+    context = faults.contexts[0]
+    key = secrets.token_hex(8)
+    names = {"response_id": "cmpl-1", "created": 1, "disagg_request_id": key}
+    path, body = body_of("greedy", 8)
+    body.update(stream=False, stream_options=None)
+    async with session() as client:
+
+        async def post(path: str, body: dict[str, Any]) -> dict[str, Any]:
+            async with client.post(context.url + path, json=body) as response:
+                assert response.status == 200
+                return await response.json()
+
+        info = get(context.url + "/server_info")
+        await post(path, {**body, "disaggregated_params": {"request_type": "context_only", **names}})
+        other = {"disagg_request_ids": [key], "incarnation": "another"}
+        assert await post("/kv/release", other) == {"released": 0}
+        this = {"disagg_request_ids": [key], "incarnation": info["incarnation"]}
+        assert await post("/kv/release", this) == {"released": 1}
+    faults.wait_rest(context)

@@ -63,13 +63,15 @@ class Soak:
 
         request = body_of(name, NUM_TOKENS)
         call = loop.create_task(stream(client, self.faults.router.url, request, on_event=leave))
+        await asyncio.wait([call])
+        if call.cancelled():
+            self.counts["requests left by their client"] += 1
+            return
         try:
-            outcome = await call
+            outcome = call.result()
             self.counts["requests"] += 1
             self.longest_stall_s = max(self.longest_stall_s, outcome.stall_s)
             assert_same(outcome, self.expected[name])
-        except asyncio.CancelledError:
-            self.counts["requests left by their client"] += 1
         except Exception as error:
             self.counts["requests"] += 1
             self.violations.append(f"{name}: {type(error).__name__}: {error}")
