@@ -120,5 +120,6 @@ class DecodeGraphs:
         drawn, highest = draw_greedy(logits)
         if sampled:
             draw_sampled(logits, highest, drawn, slots, positions, self._parameters)
+        self._network.ranks.from_first(drawn)
         advance_rows(slots, positions, drawn, state.field("tokens"), state.field("positions"))
         return StepOutput(logits, drawn)
