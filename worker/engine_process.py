@@ -9,7 +9,8 @@ import logging
 import os
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,8 +49,10 @@ def main() -> None:
         link = EngineLink(sys.argv[1])
         stack.callback(link.close)
         watch = _Watch(link)
+        group = _start_ranks(settings, watch, stack)
         try:
-            engine = _build(settings, link, _start_ranks(settings, watch, stack))
+            with _no_error_but_a_lost_ranks(group):
+                engine = _build(settings, link, group)
         except StartupError as error:
             link.send(EngineFailed(message=error.message))
             sys.exit(2)
@@ -58,7 +61,19 @@ def main() -> None:
         gc.collect()
         gc.freeze()
         watch.is_ready = True
-        engine.run()
+        with _no_error_but_a_lost_ranks(group):
+            engine.run()
+
+
+@contextmanager
+def _no_error_but_a_lost_ranks(group: RankGroup | None) -> Iterator[None]:
+    """What a collective says when a rank is gone is not the reason: that comes from the rank's own end."""
+    try:
+        yield
+    except Exception:
+        if group is not None:
+            group.wait_for_end()
+        raise
 
 
 class _Watch:

@@ -46,20 +46,17 @@ Lost = Callable[[str], None]
 class Rank:
     """One other rank."""
 
-    def __init__(self, number: int, settings: EngineSettings) -> None:
+    def __init__(self, number: int) -> None:
         self.number = number
         self.replies: queue.SimpleQueue[Loaded | Started] = queue.SimpleQueue()
         ours, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "diptych.worker.rank_process", str(theirs.fileno())],
-                stdin=subprocess.PIPE,
+                stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
             )
         self.channel = Channel(ours)
-        assert self.process.stdin is not None
-        self.process.stdin.write(msgspec.msgpack.encode(settings))
-        self.process.stdin.close()
 
     def end(self) -> str:
         """How the process ended, for people."""
@@ -92,16 +89,18 @@ class RankGroup:
         self._lock = threading.Lock()
         self._calls: dict[tuple[int, int], queue.SimpleQueue[Described | Fetched]] = {}
         self.num_steps_done = 0
-        self.ranks = [
-            Rank(number, _settings_of(settings, number)) for number in range(1, settings.dims.tp_size)
+        self._settings = settings
+        self.ranks = [Rank(number) for number in range(1, settings.dims.tp_size)]
+        self._listeners = [
+            threading.Thread(target=self._listen, args=(rank,), name=f"rank {rank.number}", daemon=True)
+            for rank in self.ranks
         ]
-        for rank in self.ranks:
-            threading.Thread(
-                target=self._listen, args=(rank,), name=f"rank {rank.number}", daemon=True
-            ).start()
+        for listener in self._listeners:
+            listener.start()
 
     def meet(self, port: int) -> None:
-        self._send_all(Meet(port))
+        for rank in self.ranks:
+            self.send(rank, Meet(_settings_of(self._settings, rank.number), port))
 
     def wait_loaded(self) -> int:
         """Until all have their weights; the number of KV blocks that the least of them could hold.
@@ -147,6 +146,11 @@ class RankGroup:
         with self._lock:
             self._calls[rank.number, call] = reply
         return reply
+
+    def wait_for_end(self) -> None:
+        """A moment, for the end of a rank to be noticed: `lost` does not return."""
+        for listener in self._listeners:
+            listener.join(_REPORT_S / len(self._listeners))
 
     def close(self) -> None:
         """Ends all ranks: they stop when their connection closes, or are killed."""

@@ -12,11 +12,13 @@ from multiprocessing.connection import Connection
 import msgspec
 
 from diptych.wire import Submit
+from diptych.worker.settings import EngineSettings
 
 
 class Meet(msgspec.Struct, frozen=True, tag="meet"):
-    """First message to a rank: where all meet for their collectives."""
+    """First message to a rank: what it is, and where all meet for their collectives."""
 
+    settings: EngineSettings
     port: int
 
 

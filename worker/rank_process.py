@@ -1,6 +1,6 @@
-"""Another rank of an engine: `python -m diptych.worker.rank_process FD`, settings as msgpack on standard input.
+"""Another rank of an engine: `python -m diptych.worker.rank_process FD`, of a socket to rank 0.
 
-Its parent is rank 0 (rank_group.py), whose steps it repeats on its part of the model; it dies with it. It has no
+That is its parent (rank_group.py), whose steps it repeats on its part of the model; it dies with it. It has no
 scheduler, draws no tokens, and holds no leases.
 """
 
@@ -34,17 +34,14 @@ from diptych.worker.rank_messages import (
     Step,
     ToRank,
 )
-from diptych.worker.settings import EngineSettings
 
 
 def main() -> None:
     end_with_parent()
-    settings = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=EngineSettings)
-    logs.configure(settings.log_level)
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))
     with contextlib.suppress(EOFError, OSError):  # rank 0 is gone, or has closed: so do we
         try:
-            follower = _build(settings, channel)
+            follower = _build(channel)
         except StartupError as error:
             channel.send(Failed(error.message))
             os._exit(2)
@@ -53,11 +50,13 @@ def main() -> None:
     os._exit(0)
 
 
-def _build(settings: EngineSettings, channel: Channel) -> "Follower":
+def _build(channel: Channel) -> "Follower":
     import torch  # noqa: F401  # while rank 0 does the same
 
     meeting = channel.receive_to_rank()
     assert isinstance(meeting, Meet)
+    settings = meeting.settings
+    logs.configure(settings.log_level)
 
     from diptych.worker import assembly
     from diptych.worker.collectives import ProcessGroup, join_store
