@@ -104,20 +104,11 @@ class Fetcher:
         """Raises TransferError; either way the copy has let go of the destination."""
         ticket = tickets.decode(fetch.ticket)
         complete = False
-        copies: list[_Copy] = []
         try:
-            plans = [
-                (rank, self._plan(fetch, ticket, rank, part)) for rank, part in self._parts(ticket.owners)
-            ]
-            if fetch.destination_blocks:
-                self._start_others(fetch, ticket)
-                copies = [_Copy(rank, plan, iter(self._routes.order(rank))) for rank, plan in plans]
-            wire_s = self._copy_all(fetch, ticket, copies)
+            copies, wire_s = self._copy_ours(fetch, ticket)
             num_bytes = sum(copy.plan.num_bytes for copy in copies) + fetch.others.join()
             complete = True
         finally:
-            if not complete:
-                _let_others_go(fetch)
             self._finish(fetch, ticket, complete=complete)
         return FetchDone(
             fetch.fetch_id,
@@ -126,6 +117,21 @@ class Fetcher:
             time.monotonic() - fetch.started_at,
             "+".join(dict.fromkeys(copy.name for copy in copies)),
         )
+
+    def _copy_ours(self, fetch: Fetch, ticket: Ticket) -> tuple[list[_Copy], float]:
+        """This rank's part, and how long it took to copy; the other ranks have begun with theirs."""
+        copies: list[_Copy] = []
+        try:
+            plans = [
+                (rank, self._plan(fetch, ticket, rank, part)) for rank, part in self._parts(ticket.owners)
+            ]
+            if fetch.destination_blocks:
+                self._start_others(fetch, ticket)
+                copies = [_Copy(rank, plan, iter(self._routes.order(rank))) for rank, plan in plans]
+            return copies, self._copy_all(fetch, ticket, copies)
+        except BaseException:
+            _let_others_go(fetch)
+            raise
 
     def _start_others(self, fetch: Fetch, ticket: Ticket) -> None:
         fetch.others = self._companions.fetch(ticket, fetch.source_indices, fetch.destination_blocks)

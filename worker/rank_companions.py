@@ -5,8 +5,6 @@ import queue
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import msgspec
-
 from diptych.errors import TransferError
 from diptych.transceiver import ticket as tickets
 from diptych.transceiver.ticket import OwnerRank, Ticket
@@ -38,7 +36,6 @@ class _RankFetch:
             num_bytes += fetched.num_bytes
             if fetched.code and failure is None:
                 failure = TransferError(f"rank {rank.number}: {fetched.message}", code=fetched.code)
-        self.replies.clear()
         if failure is not None:
             raise failure
         return num_bytes
@@ -68,8 +65,7 @@ class RankCompanions:
         self, ticket: Ticket, source_indices: Sequence[int], destination_blocks: Sequence[int]
     ) -> _RankFetch:
         call, group = next(self._calls), self._group
-        unleased = [msgspec.structs.replace(rank, ticket_id="") for rank in ticket.ranks]
-        data = tickets.encode(msgspec.structs.replace(ticket, ticket_id="", ranks=unleased))
+        data = tickets.encode(tickets.without_leases(ticket))
         fetch = _RankFetch(
             group, call, [(rank, group.expect(rank, call)) for rank in group.ranks], self._timeout_s
         )
