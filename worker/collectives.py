@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from diptych.errors import StartupError
+from diptych.worker.peer_sums import PeerSums
 
 _HOST = "127.0.0.1"
 _MEETING = timedelta(seconds=120)  # until all ranks are at the same place
@@ -30,12 +31,19 @@ class Collectives(Protocol):
     @property
     def rank(self) -> int: ...
 
+    def reserve(self, num_bytes: int) -> None:
+        """Before the first sum: the largest that is to be fast. All ranks say the same."""
+        ...
+
     def total(self, x: Tensor) -> Tensor:
         """The sum over the ranks. `x` may be changed."""
         ...
 
     def total_parts(self, parts: Tensor) -> Tensor:
-        """`[S, ...]` partial sums of this rank to `[P, ...]` ones of all, for whoever adds them up anyway."""
+        """`[S, ...]` partial sums of this rank to `[P, ...]` ones of all, for whoever adds them up anyway.
+
+        What it gives is valid until the next call.
+        """
         ...
 
     def join_columns(self, x: Tensor) -> Tensor:
@@ -51,6 +59,9 @@ class Alone:
     """One rank has nobody to talk to."""
 
     rank = 0
+
+    def reserve(self, num_bytes: int) -> None:
+        pass
 
     def total(self, x: Tensor) -> Tensor:
         return x
@@ -75,6 +86,8 @@ class ProcessGroup:
         """Returns when all ranks are here. StartupError when that takes too long."""
         self.rank = rank
         self._size = size
+        self._device = device
+        self._peer_sums: PeerSums | None = None
         on_gpu = device.type == "cuda"
         # All ranks are on this host: no name of it need be resolved, no network card chosen.
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
@@ -91,11 +104,18 @@ class ProcessGroup:
         except (RuntimeError, ValueError) as error:
             raise StartupError(f"rank {rank} did not meet the {size - 1} others: {error}") from error
 
+    def reserve(self, num_bytes: int) -> None:
+        if self._device.type == "cuda":
+            self._peer_sums = PeerSums.open(num_bytes, self._size, self._device)
+
     def total(self, x: Tensor) -> Tensor:
         dist.all_reduce(x)
         return x
 
     def total_parts(self, parts: Tensor) -> Tensor:
+        total = None if self._peer_sums is None else self._peer_sums.total(parts)
+        if total is not None:
+            return total[None]
         if parts.numel() * parts.element_size() <= _GATHER_BYTES:
             return self._gather(parts).flatten(0, 1)
         return self.total(parts[0] if len(parts) == 1 else parts.sum(0))[None]

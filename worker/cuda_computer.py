@@ -59,6 +59,7 @@ class CudaComputer:
         self._network = CudaNetwork(
             config, weights, device, config.max_position_embeddings, settings.dims, ranks
         )
+        ranks.reserve(settings.max_num_tokens * config.hidden_size * self._network.dtype.itemsize)
         self._prefill = choose_prefill(self._attention_shape(), device)
         self._graph_rows = min(settings.max_batch_size, _MAX_GRAPH_ROWS)
 

@@ -34,6 +34,8 @@ for wanted in "${@:-tests steps kernels}"; do
             part step8b 240 python3 benchmarks/gpu_step.py --shape 8b --output "$OUT/step8b.json"
             ;;
         tp)
+            part tp_tests 110 python3 -m pytest tests/worker -q -m gpu2 --timeout 100 --tb short -p no:cacheprovider \
+                -p no:benchmark
             part tp_collectives 70 python3 benchmarks/gpu_tp.py --part collectives --output "$OUT/tp_collectives.json"
             part tp_tokens 150 python3 benchmarks/gpu_tp.py --part tokens --output "$OUT/tp_tokens.json"
             part tp_kill 80 python3 benchmarks/gpu_tp.py --part kill --output "$OUT/tp_kill.json"
