@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from diptych.errors import TransferError
 from diptych.kv_layout import KvLayout
 from diptych.transceiver import ticket as tickets
+from diptych.transceiver.companions import NOTHING_TO_FETCH, CompanionFetch, Companions
 from diptych.transceiver.digest import LandedDigests, known_kind, require_digests, require_generations
 from diptych.transceiver.frames import Begin, Finish
 from diptych.transceiver.link import Link
@@ -40,10 +41,12 @@ class Fetch:
     stop: Stop
     started_at: float = field(default_factory=time.monotonic)
     begun: bool = False  # the owner has been told
+    others: CompanionFetch = NOTHING_TO_FETCH  # what the other ranks of our engine do of it
 
     def abort(self) -> None:
         """Every copy of it looks at the stop."""
         self.stop.abort()
+        self.others.abort()
 
 
 @dataclass(slots=True, eq=False)
@@ -82,14 +85,17 @@ class Fetcher:
         measure: bool,
         secret: bytes | None,
         timeout_s: float,
+        companions: Companions,
     ) -> None:
         self._layout = layout
+        self._companions = companions
         self._transports = transports
         self._verify_digest = verify_digest
         self._secret = secret
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._links: dict[tuple[str, str, int], Link] = {}
+        self._pools: dict[str, set[str]] = {}  # by the rank that has a link: itself, and ranks without one
         self._meter = meter
         self._routes = Routes(transports, measure=measure, probed=meter.probed)
         self._closed = False
@@ -98,28 +104,48 @@ class Fetcher:
         """Raises TransferError; either way the copy has let go of the destination."""
         ticket = tickets.decode(fetch.ticket)
         complete = False
+        try:
+            copies, wire_s = self._copy_ours(fetch, ticket)
+            num_bytes = sum(copy.plan.num_bytes for copy in copies) + fetch.others.join()
+            complete = True
+        finally:
+            self._finish(fetch, ticket, complete=complete)
+        return FetchDone(
+            fetch.fetch_id,
+            num_bytes,
+            wire_s,
+            time.monotonic() - fetch.started_at,
+            "+".join(dict.fromkeys(copy.name for copy in copies)),
+        )
+
+    def _copy_ours(self, fetch: Fetch, ticket: Ticket) -> tuple[list[_Copy], float]:
+        """This rank's part, and how long it took to copy; the other ranks have begun with theirs."""
         copies: list[_Copy] = []
         try:
             plans = [
                 (rank, self._plan(fetch, ticket, rank, part)) for rank, part in self._parts(ticket.owners)
             ]
             if fetch.destination_blocks:
+                self._start_others(fetch, ticket)
                 copies = [_Copy(rank, plan, iter(self._routes.order(rank))) for rank, plan in plans]
-            wire_s = self._copy_all(fetch, ticket, copies)
-            complete = True
-        finally:
-            self._finish(fetch, ticket, complete=complete)
-        return FetchDone(
-            fetch.fetch_id,
-            sum(copy.plan.num_bytes for copy in copies),
-            wire_s,
-            time.monotonic() - fetch.started_at,
-            "+".join(dict.fromkeys(copy.name for copy in copies)),
-        )
+            return copies, self._copy_all(fetch, ticket, copies)
+        except BaseException:
+            _let_others_go(fetch)
+            raise
+
+    def _start_others(self, fetch: Fetch, ticket: Ticket) -> None:
+        fetch.others = self._companions.fetch(ticket, fetch.source_indices, fetch.destination_blocks)
+        fetch.stop.check()  # an abort until now did not reach them
 
     def decline(self, fetch: Fetch) -> None:
         """It never began: tell the owner, so that it need not wait for the lease's end."""
         self._finish(fetch, tickets.decode(fetch.ticket), complete=False)
+
+    def forget(self, incarnation: str) -> None:
+        """Let go of the memory of an owner's rank that is gone."""
+        self._routes.forget(incarnation)
+        for transport in self._transports.values():
+            transport.forget(incarnation)
 
     def close(self) -> None:
         with self._lock:
@@ -217,6 +243,9 @@ class Fetcher:
         if not fetch.begun:
             fetch.begun = True
             for rank in _leasing(ticket):
+                with self._lock:
+                    pools = self._pools.setdefault(rank.incarnation, {rank.incarnation})
+                    pools.update(owner.incarnation for owner in ticket.owners if not owner.ticket_id)
                 self._tell(rank, ticket.lease_s, Begin(rank.ticket_id))
 
     def _finish(self, fetch: Fetch, ticket: Ticket, *, complete: bool) -> None:
@@ -250,9 +279,10 @@ class Fetcher:
             if self._links.get(key) is not link:
                 return
             del self._links[key]
-        self._routes.forget(link.rank.incarnation)
-        for transport in self._transports.values():
-            transport.forget(link.rank.incarnation)
+            ranks = self._pools.pop(link.rank.incarnation, {link.rank.incarnation})
+        for incarnation in ranks:
+            self.forget(incarnation)
+            self._companions.forget(incarnation)
         for message in link.unsaid():
             self._tell(link.rank, link.lease_s, message)
 
@@ -270,6 +300,13 @@ def _verify(ticket: Ticket, copy: _Copy, transfer: Transfer) -> None:
         found = copy.on_host.of(plan.destination_blocks)
     if copy.kind is not None and found is not None:
         require_digests(found, [copy.rank.digests[i] for i in plan.positions], plan.complete)
+
+
+def _let_others_go(fetch: Fetch) -> None:
+    """Of the companions' copies, because one of all failed: until they no longer write."""
+    fetch.others.abort()
+    with contextlib.suppress(TransferError):
+        fetch.others.join()
 
 
 def _let_go(copy: _Copy) -> None:

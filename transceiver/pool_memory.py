@@ -177,6 +177,17 @@ def open_pool(fd: int, identity: PoolIdentity) -> PoolView:
     return PoolView(mapping, identity)
 
 
+def share_generations(pid: int, fd: int, identity: PoolIdentity) -> Generations:
+    """The generation numbers of a pool of another process of ours, to be written here. Raises OSError."""
+    file = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        mapping = mmap.mmap(file, identity.blocks_offset, flags=mmap.MAP_SHARED)
+    finally:
+        os.close(file)
+    generations: Generations = np.frombuffer(mapping, np.uint64, identity.num_blocks, _PAGE)
+    return generations
+
+
 def _map_populated(fd: int, size: int) -> mmap.mmap:
     mapping = mmap.mmap(fd, size, flags=mmap.MAP_SHARED)
     with contextlib.suppress(OSError):  # huge pages where the host allows them for shared memory

@@ -118,6 +118,12 @@ def join(tickets: list[Ticket]) -> Ticket:
     return msgspec.structs.replace(first, ranks=[ticket.first_rank() for ticket in tickets])
 
 
+def without_leases(ticket: Ticket) -> Ticket:
+    """For a reader that is not the one to tell the owner."""
+    ranks = [msgspec.structs.replace(rank, ticket_id="") for rank in ticket.ranks]
+    return msgspec.structs.replace(ticket, ticket_id="", ranks=ranks)
+
+
 def _check(ticket: Ticket) -> None:
     num_blocks = len(ticket.block_ids)
     for rank in ticket.owners:

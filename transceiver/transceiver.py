@@ -15,9 +15,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 
+import msgspec
+
 from diptych.errors import TransferError
 from diptych.kv_layout import KvLayout
 from diptych.transceiver import ticket as tickets
+from diptych.transceiver.companions import NO_COMPANIONS, Companions
 from diptych.transceiver.connection import Connection
 from diptych.transceiver.digest import OwnerDigests
 from diptych.transceiver.fetch import Fetch, Fetcher
@@ -56,6 +59,7 @@ class Transceiver:
         settings: TransceiverSettings,
         *,
         wake: Callable[[], None],
+        companions: Companions = NO_COMPANIONS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         secret = settings.secret.encode() if settings.secret else None
@@ -63,6 +67,7 @@ class Transceiver:
         self._layout = layout
         self._settings = settings
         self._wake = wake
+        self._companions = companions
         self._clock = clock
         self._digests = OwnerDigests(memory, layout.tokens_per_block)
         self._leases = LeaseTable()
@@ -96,6 +101,7 @@ class Transceiver:
             measure=settings.measure_transports,
             secret=secret,
             timeout_s=settings.timeout_s,
+            companions=companions,
         )
         self._queue = FetchQueue(settings.max_concurrent_fetches, settings.max_tokens_in_flight)
         self._board = NoticeBoard(settings.timeout_s)
@@ -185,6 +191,14 @@ class Transceiver:
             events.append(event)
         return events
 
+    def owner(self, block_ids: Sequence[int], num_tokens: int) -> OwnerRank:
+        """Our part of these blocks, which are complete and which somebody else holds a lease on."""
+        return self._own_ticket("", block_ids, num_tokens).first_rank()
+
+    def forget(self, incarnation: str) -> None:
+        """An owner is gone: let go of its memory."""
+        self._fetcher.forget(incarnation)
+
     def describe(self) -> OwnerRank:
         """How a peer reaches this pool, without any blocks: for one that only measures the way."""
         host, port = self._server.address
@@ -230,27 +244,32 @@ class Transceiver:
         self._server.close()
 
     def _ticket(self, ticket_id: str, block_ids: Sequence[int], num_tokens: int) -> bytes:
+        ours = self._own_ticket(ticket_id, block_ids, num_tokens)
+        others = self._companions.owners(block_ids, num_tokens)
+        if others:
+            ours = msgspec.structs.replace(ours, ranks=[ours.first_rank(), *others])
+        return tickets.encode(ours)
+
+    def _own_ticket(self, ticket_id: str, block_ids: Sequence[int], num_tokens: int) -> Ticket:
         generations = self._memory.generations[list(block_ids)].tolist()
         digests: list[int] = []
         if self._settings.verify_digest:
             digests = self._digests.of(block_ids, generations, num_tokens)
-        host, port = self._server.address
-        return tickets.encode(
-            Ticket(
-                ticket_id=ticket_id,
-                incarnation=self._memory.identity.incarnation,
-                layout=self._layout,
-                fingerprint=self._memory.identity.fingerprint,
-                num_tokens=num_tokens,
-                block_ids=list(block_ids),
-                generations=generations,
-                digests=digests,
-                digest_kind=self._memory.digest_kind,
-                host=host,
-                port=port,
-                transports=self._ways.regions,
-                lease_s=self._settings.lease_s,
-            )
+        rank = self.describe()
+        return Ticket(
+            ticket_id=ticket_id,
+            incarnation=rank.incarnation,
+            layout=rank.layout,
+            fingerprint=rank.fingerprint,
+            num_tokens=num_tokens,
+            block_ids=list(block_ids),
+            generations=generations,
+            digests=digests,
+            digest_kind=self._memory.digest_kind,
+            host=rank.host,
+            port=rank.port,
+            transports=rank.transports,
+            lease_s=self._settings.lease_s,
         )
 
     def _run(self, fetch: Fetch) -> None:

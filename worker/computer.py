@@ -14,7 +14,9 @@ from torch import Tensor
 
 from diptych.errors import DiptychError, ModelLoadError
 from diptych.kv_layout import DType, Inner
+from diptych.worker.collectives import Collectives
 from diptych.worker.engine import Runner
+from diptych.worker.kv_memory import device_of
 from diptych.worker.models.build import Model, build_model
 from diptych.worker.models.config import ModelConfig
 from diptych.worker.models.loader import dummy_weights, load_weights
@@ -50,7 +52,7 @@ class Computer(Protocol):
 @dataclass(frozen=True, slots=True)
 class PlainComputer:
     model: Model
-    sampler: Sampler
+    sampler: Sampler | None  # None where another rank draws
     overlaps: bool = False
 
     @property
@@ -73,9 +75,11 @@ class PlainComputer:
         return ModelRunner(self.model, self.sampler)
 
 
-def load_computer(settings: EngineSettings, config: ModelConfig, progress: Progress) -> Computer:
-    """Loads the weights. ModelLoadError when that fails."""
-    path, device = Path(settings.model_path), torch.device(settings.device)
+def load_computer(
+    settings: EngineSettings, config: ModelConfig, progress: Progress, ranks: Collectives
+) -> Computer:
+    """Loads this rank's weights; `config` is the whole model's. ModelLoadError when that fails."""
+    path, device, dims = Path(settings.model_path), device_of(settings), settings.dims
     try:
         reason = None
         if device.type == "cuda" and settings.kernel != "torch":
@@ -83,18 +87,20 @@ def load_computer(settings: EngineSettings, config: ModelConfig, progress: Progr
 
             reason = unusable(config)
             if reason is None:
-                return _load_cuda(settings, config, path, progress)
+                return _load_cuda(settings, config, path, progress, ranks)
             log.warning("The fused GPU kernels are not used: %s. Torch runs the model, much slower.", reason)
         weights = _weights(settings, config, path, progress, None)
         model = build_model(
-            config,
+            dims.local(config),
             weights,
             device,
             kernel="torch" if device.type == "cuda" else settings.kernel,
             num_threads=settings.num_threads,
             tokens_per_block=settings.tokens_per_block,
+            dims=dims,
+            ranks=ranks,
         )
-        return PlainComputer(model, Sampler(frozenset(config.eos_token_ids)))
+        return PlainComputer(model, None if dims.tp_rank else Sampler(frozenset(config.eos_token_ids)))
     except DiptychError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -102,11 +108,14 @@ def load_computer(settings: EngineSettings, config: ModelConfig, progress: Progr
         raise ModelLoadError(f"cannot load the model at {path}: {type(error).__name__}: {error}") from error
 
 
-def _load_cuda(settings: EngineSettings, config: ModelConfig, path: Path, progress: Progress) -> Computer:
+def _load_cuda(
+    settings: EngineSettings, config: ModelConfig, path: Path, progress: Progress, ranks: Collectives
+) -> Computer:
     from diptych.worker.cuda_computer import CudaComputer
 
-    device = torch.device("cuda", 0)
-    return CudaComputer(settings, config, _weights(settings, config, path, progress, device), device)
+    device = device_of(settings)
+    weights = _weights(settings, config, path, progress, device)
+    return CudaComputer(settings, settings.dims.local(config), weights, device, ranks)
 
 
 def _weights(
@@ -117,5 +126,9 @@ def _weights(
     device: torch.device | None,
 ) -> dict[str, Tensor]:
     if settings.load_format == "dummy":
-        return dummy_weights(config, device=device)
-    return load_weights(path, config, lambda fraction: progress("loading weights", fraction), device)
+        return dummy_weights(config, device=device, dims=settings.dims)
+
+    def show(fraction: float) -> None:
+        progress("loading weights", fraction)
+
+    return load_weights(path, config, show, device, dims=settings.dims)

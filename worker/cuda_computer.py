@@ -9,6 +9,7 @@ from torch import Tensor
 from diptych.kernels.flashinfer_attention import AttentionShape
 from diptych.kv_layout import DType, Inner
 from diptych.wire import SamplingParams, Submit
+from diptych.worker.collectives import ALONE, Collectives
 from diptych.worker.computer import Progress
 from diptych.worker.cuda_runner import CudaRunner
 from diptych.worker.device_state import DeviceState
@@ -44,13 +45,21 @@ class CudaComputer:
     overlaps = True
 
     def __init__(
-        self, settings: EngineSettings, config: ModelConfig, weights: dict[str, Tensor], device: torch.device
+        self,
+        settings: EngineSettings,
+        config: ModelConfig,
+        weights: dict[str, Tensor],
+        device: torch.device,
+        ranks: Collectives = ALONE,
     ) -> None:
-        """Takes the weights out of `weights`."""
+        """Takes the weights out of `weights`, which are this rank's, as `config` is."""
         self._settings = settings
         self._config = config
         self._device = device
-        self._network = CudaNetwork(config, weights, device, config.max_position_embeddings)
+        self._network = CudaNetwork(
+            config, weights, device, config.max_position_embeddings, settings.dims, ranks
+        )
+        ranks.reserve(settings.max_num_tokens * config.hidden_size * self._network.dtype.itemsize)
         self._prefill = choose_prefill(self._attention_shape(), device)
         self._graph_rows = min(settings.max_batch_size, _MAX_GRAPH_ROWS)
 

@@ -142,6 +142,7 @@ class CudaRunner:
         drawn, highest = draw_greedy(logits)
         if sampled:
             draw_sampled(logits, highest, drawn, slots, positions, self._parameters)
+        self._network.ranks.from_first(drawn)
         advance_rows(slots, positions, drawn, self._state.field("tokens"), self._state.field("positions"))
         return _Output(logits, drawn, slots)
 
@@ -165,12 +166,14 @@ class CudaRunner:
         if not wanted:
             return {}
         rows = torch.tensor(wanted, device=output.logits.device)
-        found = self._sampler.sample(output.logits[rows], [_row(drawing[index]) for index in wanted])
-        tokens = [drawn.token_id if isinstance(drawn, Drawn) else 0 for drawn in found]
-        self._state.field("tokens")[output.slots[rows].long()] = torch.tensor(
-            tokens, dtype=torch.int32, device=rows.device
-        )
-        return dict(zip(wanted, found, strict=True))
+        found: list[Drawn | str] = []
+        if self._network.ranks.rank == 0:
+            found = self._sampler.sample(output.logits[rows], [_row(drawing[index]) for index in wanted])
+        ids = [drawn.token_id if isinstance(drawn, Drawn) else 0 for drawn in found]
+        tokens = torch.tensor(ids or [0] * len(wanted), dtype=torch.int32, device=rows.device)
+        self._network.ranks.from_first(tokens)
+        self._state.field("tokens")[output.slots[rows].long()] = tokens
+        return dict(zip(wanted, found, strict=False))
 
     def _send(self, drawn: Tensor, by_host: dict[int, Drawn | str]) -> Launched:
         self._host.reverse()

@@ -1,15 +1,17 @@
 """The engine process: `python -m diptych.worker.engine_process ENDPOINT`, settings as msgpack on standard input.
 
-Its parent is the worker's HTTP process (see engine_client.py); it dies with it.
+Its parent is the worker's HTTP process (see engine_client.py); it dies with it. It is rank 0 of the engine, and starts
+the others.
 """
 
-import ctypes
 import gc
 import logging
 import os
-import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,145 +19,194 @@ import msgspec
 
 from diptych import logs
 from diptych.errors import StartupError
-from diptych.kv_layout import KvLayout
-from diptych.model_source import model_digest
 from diptych.wire import EngineFailed, EngineProgress, EngineReady
 from diptych.worker.blocks import BlockPool
-from diptych.worker.kv_memory import create_pool, num_blocks, require_device, usable_transports
+from diptych.worker.kv_memory import create_pool, require_device
 from diptych.worker.link import EngineLink
 from diptych.worker.plan import SchedulerLimits
+from diptych.worker.process import end_with_parent
+from diptych.worker.rank_group import RankGroup
 from diptych.worker.scheduler import Scheduler
 from diptych.worker.settings import EngineSettings
 
 if TYPE_CHECKING:
+    from diptych.transceiver.transceiver import Transceiver
+    from diptych.worker.assembly import Loaded
+    from diptych.worker.collectives import Collectives
     from diptych.worker.engine import Engine
+    from diptych.worker.models.config import ModelConfig
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("diptych.worker.engine_process")  # this module is __main__
 
-_PR_SET_PDEATHSIG = 1
 _PROGRESS_STEP = 0.05
 
 
 def main() -> None:
-    _die_with_parent()
+    end_with_parent()
     settings = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=EngineSettings)
     logs.configure(settings.log_level)
-    link = EngineLink(sys.argv[1])
+    with ExitStack() as stack:
+        link = EngineLink(sys.argv[1])
+        stack.callback(link.close)
+        watch = _Watch(link)
+        group = _start_ranks(settings, watch, stack)
+        try:
+            with _no_error_but_a_lost_ranks(group):
+                engine = _build(settings, link, group)
+        except StartupError as error:
+            link.send(EngineFailed(message=error.message))
+            sys.exit(2)
+        stack.callback(engine.close)
+        # Garbage collection pauses are step pauses: what the start left behind is here for good.
+        gc.collect()
+        gc.freeze()
+        watch.is_ready = True
+        with _no_error_but_a_lost_ranks(group):
+            engine.run()
+
+
+@contextmanager
+def _no_error_but_a_lost_ranks(group: RankGroup | None) -> Iterator[None]:
+    """What a collective says when a rank is gone is not the reason: that comes from the rank's own end."""
     try:
-        engine = _build(settings, link)
-    except StartupError as error:
-        link.send(EngineFailed(message=error.message))
-        link.close()
-        sys.exit(2)
-    # Garbage collection pauses are step pauses: what the start left behind is here for good.
-    gc.collect()
-    gc.freeze()
-    try:
-        engine.run()
-    finally:
-        engine.close()
-        link.close()
+        yield
+    except Exception:
+        if group is not None:
+            group.wait_for_end()
+        raise
 
 
-def _die_with_parent() -> None:
-    # Ctrl-C reaches the whole foreground group: the parent decides when the engine stops.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(1)
+class _Watch:
+    """What becomes of the engine when another rank is gone: it ends, whatever its threads wait for."""
+
+    def __init__(self, link: EngineLink) -> None:
+        self._link = link
+        self.is_ready = False
+
+    def lost(self, sentence: str) -> None:
+        log.critical("%s: the engine ends", sentence)
+        if not self.is_ready:
+            self._link.end_with(EngineFailed(message=sentence))
+        os._exit(3)
 
 
-def _build(settings: EngineSettings, link: EngineLink) -> "Engine[Any]":
+def _start_ranks(settings: EngineSettings, watch: _Watch, stack: ExitStack) -> RankGroup | None:
+    if settings.dims.tp_size == 1:
+        return None
+    group = RankGroup(settings, watch.lost)
+    stack.callback(group.close)
+    return group
+
+
+def _build(settings: EngineSettings, link: EngineLink, group: RankGroup | None) -> "Engine[Any]":
     started = time.monotonic()
     link.send(EngineProgress(message="importing torch"))
-    import torch
-
-    from diptych.transceiver.host_limits import HostLimits
-    from diptych.transceiver.settings import TransceiverSettings
-    from diptych.transceiver.ticket import encode_rank
-    from diptych.transceiver.transceiver import Transceiver
-    from diptych.worker.computer import load_computer
-    from diptych.worker.engine import Engine
+    from diptych.worker import assembly
     from diptych.worker.models.loader import load_config
 
-    require_device(settings.device)
-    torch.set_num_threads(settings.num_threads)
-    torch.set_grad_enabled(False)
-    path = Path(settings.model_path)
-    config = load_config(path)
+    device = require_device(settings)
+    assembly.prepare(settings)
+    config = load_config(Path(settings.model_path))
+    settings.dims.local(config)  # an error now, and of one rank
     show = _ProgressBar(link)
-    computer = load_computer(settings, config, show)
-    layout = KvLayout(
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        tokens_per_block=settings.tokens_per_block,
-        dtype=computer.kv_dtype,
-        inner=computer.inner,
-        model="dummy" if settings.load_format == "dummy" else model_digest(path),
-    )
-    count = num_blocks(settings, layout, reserved_bytes=computer.reserved_bytes())
+    loaded = assembly.load(settings, config, _meet(settings, group, device), show)
+    count = loaded.num_blocks if group is None else min(loaded.num_blocks, group.wait_loaded())
     link.send(EngineProgress(message=f"allocating {count} KV blocks"))
-    memory, tensor = create_pool(settings, layout, count)
-    max_seq_len = min(
-        settings.max_seq_len or config.max_position_embeddings,
-        config.max_position_embeddings,
-        count * layout.tokens_per_block,
-    )
-    limits = SchedulerLimits(
+    limits = _limits(settings, config, count)
+    if group is not None:
+        group.begin(count, limits.max_seq_len)
+    engine, transceiver = _assemble(settings, loaded, limits, _Parts(link, group, show), count)
+    link.send(_ready(settings, config, loaded, transceiver, limits, count, time.monotonic() - started))
+    return engine
+
+
+def _meet(settings: EngineSettings, group: RankGroup | None, device: Any) -> "Collectives":
+    from diptych.worker.collectives import ALONE, ProcessGroup, open_store
+
+    if group is None:
+        return ALONE
+    store = open_store()
+    group.meet(store.port)
+    return ProcessGroup(store, 0, settings.dims.tp_size, device)
+
+
+def _limits(settings: EngineSettings, config: "ModelConfig", num_blocks: int) -> SchedulerLimits:
+    longest = config.max_position_embeddings
+    return SchedulerLimits(
         max_batch_size=settings.max_batch_size,
         max_num_tokens=settings.max_num_tokens,
-        max_seq_len=max_seq_len,
-        tokens_per_block=layout.tokens_per_block,
+        max_seq_len=min(settings.max_seq_len or longest, longest, num_blocks * settings.tokens_per_block),
+        tokens_per_block=settings.tokens_per_block,
         capacity_policy=settings.capacity_policy,
         eos_token_ids=frozenset(config.eos_token_ids),
     )
-    pool = BlockPool(count, reuse=settings.enable_block_reuse, generations=memory.generations)
-    transceiver = Transceiver(
-        memory,
-        layout,
-        TransceiverSettings(
-            backends=usable_transports(settings),
-            optional_backends=settings.optional_transports,
-            measure_transports=settings.measure_transports,
-            max_tokens_in_flight=settings.max_tokens_in_flight,
-            bind_host=settings.transceiver_host,
-            lease_s=settings.lease_s,
-            timeout_s=settings.kv_transfer_timeout_s,
-            secret=settings.secret,
-        ),
-        wake=link.wake,
-    )
-    for concern in HostLimits.read().concerns(transceiver.describe().transports, memory.identity.host_bytes):
-        log.warning("%s", concern)
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    link: EngineLink
+    group: RankGroup | None
+    show: "_ProgressBar"
+
+
+def _assemble(
+    settings: EngineSettings, loaded: "Loaded", limits: SchedulerLimits, parts: _Parts, num_blocks: int
+) -> "tuple[Engine[Any], Transceiver]":
+    from diptych.transceiver.companions import NO_COMPANIONS
+    from diptych.worker import assembly
+    from diptych.worker.engine import Engine
+    from diptych.worker.rank_companions import RankCompanions
+    from diptych.worker.step_mirror import LeadingRunner
+
+    memory, tensor = create_pool(settings, loaded.layout, num_blocks)
+    group = parts.group
+    companions = NO_COMPANIONS if group is None else RankCompanions(group, settings.kv_transfer_timeout_s)
+    transceiver = assembly.open_transceiver(settings, memory, loaded.layout, parts.link.wake, companions)
+    runner = loaded.computer.start(tensor, limits.max_seq_len, parts.show)
+    generations: Any = memory.generations
+    if group is not None:
+        generations = group.wait_started(memory)
+        runner = LeadingRunner(runner, group)
+    pool = BlockPool(num_blocks, reuse=settings.enable_block_reuse, generations=generations)
     engine = Engine(
-        link,
+        parts.link,
         Scheduler(limits, pool),
-        computer.start(tensor, max_seq_len, show),
+        runner,
         transceiver,
-        overlap=settings.overlap and computer.overlaps,
+        overlap=settings.overlap and loaded.computer.overlaps,
         collect_iterations=settings.iteration_stats,
         follow_patience_s=settings.kv_transfer_timeout_s,
     )
-    link.send(
-        EngineReady(
-            pid=os.getpid(),
-            incarnation=settings.incarnation,
-            max_seq_len=max_seq_len,
-            vocab_size=config.vocab_size,
-            layout=msgspec.to_builtins(layout) | {"fingerprint": layout.fingerprint()},
-            num_blocks=count,
-            pool_bytes=count * layout.block_bytes,
-            device=settings.device,
-            max_batch_size=settings.max_batch_size,
-            kv_peer=encode_rank(transceiver.describe()),
-            kv_endpoint=transceiver.endpoint,
-            kernel=computer.kernel_name,
-            load_s=time.monotonic() - started,
-        )
+    return engine, transceiver
+
+
+def _ready(
+    settings: EngineSettings,
+    config: "ModelConfig",
+    loaded: "Loaded",
+    transceiver: "Transceiver",
+    limits: SchedulerLimits,
+    num_blocks: int,
+    load_s: float,
+) -> EngineReady:
+    from diptych.transceiver.ticket import encode_rank
+
+    layout = loaded.layout
+    return EngineReady(
+        pid=os.getpid(),
+        incarnation=settings.incarnation,
+        max_seq_len=limits.max_seq_len,
+        vocab_size=config.vocab_size,
+        layout=msgspec.to_builtins(layout) | {"fingerprint": layout.fingerprint()},
+        num_blocks=num_blocks,
+        pool_bytes=num_blocks * layout.block_bytes,
+        device=settings.device,
+        max_batch_size=settings.max_batch_size,
+        kv_peer=encode_rank(transceiver.describe()),
+        kv_endpoint=transceiver.endpoint,
+        kernel=loaded.computer.kernel_name,
+        load_s=load_s,
     )
-    return engine
 
 
 class _ProgressBar:

@@ -78,7 +78,8 @@ class DecodeGraphs:
                     self._step(size, sampled=sampled)
                 torch.cuda.synchronize()
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=memory):
+                # Other threads (of NCCL, of the transceiver) may use the device meanwhile.
+                with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
                     output = self._step(size, sampled=sampled)
                 memory = memory or graph.pool()
                 self._graphs[size, sampled] = graph
@@ -120,5 +121,6 @@ class DecodeGraphs:
         drawn, highest = draw_greedy(logits)
         if sampled:
             draw_sampled(logits, highest, drawn, slots, positions, self._parameters)
+        self._network.ranks.from_first(drawn)
         advance_rows(slots, positions, drawn, state.field("tokens"), state.field("positions"))
         return StepOutput(logits, drawn)

@@ -13,7 +13,7 @@ from diptych.transceiver.pool import KvPool
 from diptych.worker.settings import EngineSettings
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, device
 
 _DEFAULT_CPU_POOL_BYTES = 512 << 20
 # What takes the place of a transport between pools in host memory when the pool is on a GPU.
@@ -40,11 +40,11 @@ def num_blocks(settings: EngineSettings, layout: KvLayout, *, reserved_bytes: in
 
 def create_pool(settings: EngineSettings, layout: KvLayout, count: int) -> "tuple[KvPool, Tensor]":
     """The pool, and the same memory as the model sees it (cache.py)."""
-    import torch
-
     from diptych.worker.cache import pool_tensor
 
     if settings.device == "cpu":
+        import torch
+
         from diptych.transceiver.pool_memory import PoolMemory
 
         memory = PoolMemory.create(layout, count, settings.incarnation)
@@ -52,7 +52,7 @@ def create_pool(settings: EngineSettings, layout: KvLayout, count: int) -> "tupl
 
     from diptych.transceiver.device_pool import DevicePool
 
-    pool = DevicePool.create(layout, count, settings.incarnation, torch.device(settings.device, 0))
+    pool = DevicePool.create(layout, count, settings.incarnation, device_of(settings))
     return pool, pool_tensor(pool.tensor, layout)
 
 
@@ -63,17 +63,32 @@ def usable_transports(settings: EngineSettings) -> tuple[str, ...]:
     return tuple(_ON_GPU.get(name, name) for name in settings.transports)
 
 
-def require_device(device: str) -> None:
-    """Before the model is loaded onto it."""
-    if device == "cpu":
-        return
+def device_of(settings: EngineSettings) -> "device":
+    """Each rank has one of the GPUs that the process may see, in their order."""
     import torch
 
+    return torch.device("cpu") if settings.device == "cpu" else torch.device("cuda", settings.dims.tp_rank)
+
+
+def require_device(settings: EngineSettings) -> "device":
+    """The rank's device, before a model is loaded onto it. StartupError when it is not there."""
+    import torch
+
+    found = device_of(settings)
+    if found.type == "cpu":
+        return found
     if not torch.cuda.is_available():
         raise StartupError(
-            f"device is {device}, but torch {torch.__version__} cannot use a GPU here: install a torch built "
+            f"device is {settings.device}, but torch {torch.__version__} cannot use a GPU here: install a torch built "
             "for CUDA and check CUDA_VISIBLE_DEVICES, or set device to cpu"
         )
+    if torch.cuda.device_count() < settings.dims.tp_size:
+        raise StartupError(
+            f"tensor_parallel_size is {settings.dims.tp_size}, and this process sees {torch.cuda.device_count()} "
+            "GPUs: lower it, or let CUDA_VISIBLE_DEVICES name more of them"
+        )
+    torch.cuda.set_device(found)
+    return found
 
 
 def _available_bytes(device: str) -> int:

@@ -1,6 +1,7 @@
 """Messages between a worker's HTTP process and its engine process: msgpack over a pair of ZeroMQ sockets."""
 
 import os
+import threading
 from collections.abc import Iterator
 
 import msgspec
@@ -23,9 +24,10 @@ def decode_from_engine(data: bytes) -> FromEngine:
 
 
 class EngineLink:
-    """The engine's end. Only the step loop's thread uses it, except for `wake`, which any thread may call."""
+    """The engine's end. Only the step loop's thread uses it, except for `wake` and `end_with`."""
 
     def __init__(self, endpoint: str) -> None:
+        self._lock = threading.Lock()
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.PAIR)
         self._socket.setsockopt(zmq.LINGER, 1000)
@@ -53,7 +55,15 @@ class EngineLink:
             yield message
 
     def send(self, message: FromEngine) -> None:
-        self._socket.send(encode(message))
+        with self._lock:
+            self._socket.send(encode(message))
+
+    def end_with(self, message: FromEngine) -> None:
+        """The last message, from any thread, while the step loop does not run; returns when it is delivered."""
+        with self._lock:
+            self._socket.send(encode(message))
+            self._socket.close()
+            self._context.term()
 
     def wake(self) -> None:
         os.eventfd_write(self._wake_fd, 1)

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 class ModelRunner:
-    def __init__(self, model: "Model", sampler: Sampler) -> None:
+    def __init__(self, model: "Model", sampler: Sampler | None) -> None:
+        """`sampler`: None where another rank draws."""
         self._model = model
         self._sampler = sampler
 
@@ -30,6 +31,8 @@ class ModelRunner:
     def launch(self, plan: StepPlan) -> list[Drawn | str]:
         """The whole step: there is nothing to wait for afterwards."""
         logits = self._model.forward(build_batch(plan.chunks))
+        if self._sampler is None:
+            return []
         rows = [_row(chunk) for chunk in plan.chunks if chunk.draws]
         at = len(rows)
         for chunk in plan.chunks:

@@ -8,6 +8,7 @@ import msgspec
 
 from diptych.config import Hardware, LlmConfig, resolve_limits
 from diptych.worker.kv_backend import choose_transports
+from diptych.worker.parallel import ONE_RANK, ParallelDims
 from diptych.worker.plan import CapacityPolicy
 
 
@@ -17,7 +18,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "cpu"
     load_format: str = "auto"  # "dummy": random weights
     kernel: Literal["auto", "torch", "fused"] = "auto"
-    num_threads: int = 1
+    num_threads: int = 1  # of each rank
+    dims: ParallelDims = ONE_RANK
     tokens_per_block: int = 32
     max_kv_tokens: int | None = None  # None: as many as fit the memory fraction
     kv_memory_fraction: float = 0.9
@@ -52,7 +54,8 @@ def engine_settings(
         incarnation=incarnation,
         device=limits.device,
         load_format=config.load_format,
-        num_threads=limits.num_threads,
+        num_threads=max(1, limits.num_threads // config.tensor_parallel_size),
+        dims=ParallelDims(tp_size=config.tensor_parallel_size),
         tokens_per_block=kv.tokens_per_block,
         max_kv_tokens=kv.max_tokens,
         kv_memory_fraction=kv.free_gpu_memory_fraction,

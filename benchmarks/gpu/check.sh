@@ -1,7 +1,7 @@
 #!/bin/bash
 # Checks and measures what needs one GPU; each part under its own limit, and one that fails stops no other.
 #
-#   OUT=folder benchmarks/gpu/check.sh [tests|steps|kernels ...]
+#   OUT=folder benchmarks/gpu/check.sh [tests|steps|kernels|tp ...]          (tp: two GPUs)
 #
 # Wheels of what the machine's Python lacks may lie in .whl/.
 set -u
@@ -33,8 +33,16 @@ for wanted in "${@:-tests steps kernels}"; do
             part step135m 60 python3 benchmarks/gpu_step.py --shape 135m --triton --output "$OUT/step135m.json"
             part step8b 240 python3 benchmarks/gpu_step.py --shape 8b --output "$OUT/step8b.json"
             ;;
+        tp)
+            part tp_tests 110 python3 -m pytest tests/worker -q -m gpu2 --timeout 100 --tb short -p no:cacheprovider \
+                -p no:benchmark
+            part tp_collectives 70 python3 benchmarks/gpu_tp.py --part collectives --output "$OUT/tp_collectives.json"
+            part tp_tokens 150 python3 benchmarks/gpu_tp.py --part tokens --output "$OUT/tp_tokens.json"
+            part tp_kill 80 python3 benchmarks/gpu_tp.py --part kill --output "$OUT/tp_kill.json"
+            part tp_speed 280 python3 benchmarks/gpu_tp.py --part speed --output "$OUT/tp_speed.json"
+            ;;
         kernels) part kernels 150 python3 benchmarks/gpu_kernels.py ;;
-        *) echo "no part $name: tests, steps, kernels" ;;
+        *) echo "no part $name: tests, steps, kernels, tp" ;;
         esac
     done
 done

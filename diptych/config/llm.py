@@ -30,8 +30,7 @@ LogLevel = Literal["internal_error", "error", "warning", "info", "verbose", "deb
 Port = NonNegativeInt
 
 _DEEP = ("kv_cache_config",)
-_SINGLE_RANK = (
-    "tensor_parallel_size",
+_NOT_PARALLEL = (
     "pipeline_parallel_size",
     "context_parallel_size",
     "moe_expert_parallel_size",
@@ -112,11 +111,12 @@ def load_llm_config(
 
 def check(config: LlmConfig, *, source: str) -> LlmConfig:
     """What single fields cannot say: settings that this version cannot honour, and ports."""
-    for name in _SINGLE_RANK:
+    for name in _NOT_PARALLEL:
         size = getattr(config, name)
         if size is not None and size > 1:
             raise ConfigError(
-                f"{source}: {name} must be 1, not {size}: this version runs one rank per worker"
+                f"{source}: {name} must be 1, not {size}: in this version a worker has several ranks by "
+                "tensor_parallel_size only"
             )
     if config.max_beam_width > 1:
         raise ConfigError(

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 COMMAND = (sys.executable, "-m", "diptych.cli")  # trtllm-serve, whether or not it is on PATH
 
@@ -29,9 +29,16 @@ class Child:
 
     @classmethod
     async def start(
-        cls, name: str, command: Sequence[str], *, pass_fds: Sequence[int], show: Print
+        cls,
+        name: str,
+        command: Sequence[str],
+        *,
+        pass_fds: Sequence[int],
+        show: Print,
+        environment: Mapping[str, str] | None = None,
     ) -> "Child":
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "DIPTYCH_PARENT_PID": str(os.getpid())}
+        """`environment`: variables that differ from ours."""
+        ours = {"PYTHONUNBUFFERED": "1", "DIPTYCH_PARENT_PID": str(os.getpid())}
         process = await asyncio.create_subprocess_exec(
             *command,
             stdin=asyncio.subprocess.DEVNULL,
@@ -39,7 +46,7 @@ class Child:
             stderr=asyncio.subprocess.STDOUT,
             start_new_session=True,
             pass_fds=tuple(pass_fds),
-            env=environment,
+            env={**os.environ, **ours, **(environment or {})},
         )
         return cls(name, process, show)
 

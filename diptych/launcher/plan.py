@@ -26,6 +26,11 @@ class Member:
     port: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def num_gpus(self) -> int:
+        """That it computes on, where there are any."""
+        return 0 if self.options.get("device") == "cpu" else int(self.options.get("tensor_parallel_size", 1))
+
 
 def default_config(overrides: Mapping[str, Any] | None = None) -> DisaggConfig:
     """One context and one generation worker with the small model."""

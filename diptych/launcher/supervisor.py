@@ -7,6 +7,7 @@ starts, and no port can be lost between choosing and binding it.
 import asyncio
 import contextlib
 import dataclasses
+import os
 import socket
 import tempfile
 import time
@@ -20,6 +21,7 @@ from diptych.config import DisaggConfig
 from diptych.errors import StartupError
 from diptych.launcher.child import COMMAND, Child
 from diptych.launcher.console import Console
+from diptych.launcher.gpus import VARIABLE, assign, visible_gpus
 from diptych.launcher.plan import Member, members
 from diptych.launcher.readiness import wait_healthy
 from diptych.listen import open_listener
@@ -48,6 +50,7 @@ class Supervisor:
     ) -> None:
         self.config = config
         self.members = members(config)
+        self._gpus = _gpus_of(self.members)
         names = [member.name for member in self.members]
         self.console = console or Console([*names, "router", _NAME])
         self.url: str | None = None  # the router's, for people
@@ -125,8 +128,11 @@ class Supervisor:
             *("--listen_fd", str(listener.fileno()), "--server_role", member.role),
             *("--config", str(file), "--log_level", self._log_level),
         ]
-        self.say(f"starting {member.name} on {_authority(member.host, port)}")
-        return await self._start_child(member.name, arguments, listener)
+        gpus = ",".join(self._gpus.get(member.name, []))
+        self.say(
+            f"starting {member.name} on {_authority(member.host, port)}" + (f", GPU {gpus}" if gpus else "")
+        )
+        return await self._start_child(member.name, arguments, listener, {VARIABLE: gpus} if gpus else {})
 
     async def _start_router(self, listener: socket.socket) -> str:
         port = listener.getsockname()[1]
@@ -141,9 +147,20 @@ class Supervisor:
         listener.close()  # the process has its own copy
         return self.url
 
-    async def _start_child(self, name: str, arguments: Sequence[str], listener: socket.socket) -> Child:
-        fds = [listener.fileno()]
-        return await Child.start(name, [*self._command, *arguments], pass_fds=fds, show=self.console.show)
+    async def _start_child(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        listener: socket.socket,
+        environment: Mapping[str, str] | None = None,
+    ) -> Child:
+        return await Child.start(
+            name,
+            [*self._command, *arguments],
+            pass_fds=[listener.fileno()],
+            show=self.console.show,
+            environment=environment,
+        )
 
     def _router_settings(self, port: int) -> dict[str, Any]:
         """The configuration as it was read, with the urls that the workers got."""
@@ -199,6 +216,12 @@ class Supervisor:
         child = children[done.pop()]
         await child.drain(timeout_s=1.0)
         return child
+
+
+def _gpus_of(workers: Sequence[Member]) -> dict[str, list[str]]:
+    """By the worker's name; empty where there is no GPU."""
+    gpus = visible_gpus(os.environ)
+    return assign({worker.name: worker.num_gpus for worker in workers}, gpus) if gpus else {}
 
 
 def _authority(host: str, port: int) -> str:

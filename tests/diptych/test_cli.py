@@ -114,7 +114,7 @@ class TestServe:
             (["--metadata_server_config_file", "x"], "needs --server_role"),
             (["--disagg_cluster_uri", "etcd://h:1"], "needs --server_role"),
             (["--server_role", "CONTEXT", "--disagg_cluster_uri", "h:1"], "cluster_uri must be etcd://"),
-            (["--tp_size", "2"], "tensor_parallel_size must be 1, not 2"),
+            (["--pp_size", "2"], "pipeline_parallel_size must be 1, not 2"),
             (["--config", "absent.yaml"], "cannot read the configuration file absent.yaml"),
         ],
     )

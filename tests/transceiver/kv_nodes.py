@@ -16,6 +16,7 @@ import pytest
 
 from diptych.kv_layout import KvLayout
 from diptych.transceiver import ticket as tickets
+from diptych.transceiver.companions import NO_COMPANIONS, Companions
 from diptych.transceiver.digest import LandedDigests
 from diptych.transceiver.packages import missing_package
 from diptych.transceiver.pool import KvPool
@@ -100,6 +101,7 @@ class Node:
         *,
         seed: int = 0,
         clock=time.monotonic,
+        companions: Companions = NO_COMPANIONS,
         **settings,
     ):
         devices = {way.device for way in settings.get("backends", ()) if isinstance(way, Way)} or {"cpu"}
@@ -113,7 +115,12 @@ class Node:
         self.seen: list = []
         settings.setdefault("measure_transports", False)
         self.transceiver = Transceiver(
-            self.memory, layout, TransceiverSettings(**settings), wake=self._bell.set, clock=clock
+            self.memory,
+            layout,
+            TransceiverSettings(**settings),
+            wake=self._bell.set,
+            companions=companions,
+            clock=clock,
         )
 
     @property

@@ -7,6 +7,7 @@ import torch
 from diptych.errors import StartupError
 from diptych.kv_layout import KvLayout
 from diptych.worker import kv_memory
+from diptych.worker.parallel import ParallelDims
 from diptych.worker.settings import EngineSettings
 
 LAYOUT = KvLayout(num_layers=2, num_kv_heads=2, head_dim=16, tokens_per_block=8)  # blocks of 2 KiB
@@ -52,9 +53,24 @@ def test_transports_are_those_of_the_device():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_torch_without_cuda_says_so():
-    kv_memory.require_device("cpu")
+    assert kv_memory.require_device(SETTINGS) == torch.device("cpu")
     with pytest.raises(StartupError, match="install a torch built for CUDA"):
-        kv_memory.require_device("cuda")
+        kv_memory.require_device(msgspec.structs.replace(SETTINGS, device="cuda"))
+
+
+def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for rank in range(2):
+        dims = ParallelDims(tp_size=2, tp_rank=rank)
+        kv_memory.require_device(msgspec.structs.replace(SETTINGS, device="cuda", dims=dims))
+    assert [device.index for device in chosen] == [0, 1]
+    with pytest.raises(StartupError, match="tensor_parallel_size is 3, and this process sees 2 GPUs"):
+        kv_memory.require_device(
+            msgspec.structs.replace(SETTINGS, device="cuda", dims=ParallelDims(tp_size=3))
+        )
 
 
 @pytest.mark.gpu

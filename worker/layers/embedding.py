@@ -10,7 +10,7 @@ from diptych.worker.layers.linear import Linear
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    weight: Tensor  # [vocab, hidden]; a rank would keep rows
+    weight: Tensor  # [vocab, hidden], all of it on every rank: a sum over ranks would cost more than it saves
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         return F.embedding(token_ids, self.weight)

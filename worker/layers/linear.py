@@ -5,6 +5,7 @@ which axis of their weight a tensor-parallel rank would keep (`split`); how weig
 of theirs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -37,9 +38,13 @@ class QuantMethod(Protocol):
 class Linear:
     packed: PackedLinear
     split: Split
+    gather: Callable[[Tensor], Tensor] | None = (
+        None  # from what this rank computes to what all did; None: nothing
+    )
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.packed(x)
+        product = self.packed(x)
+        return product if self.gather is None else self.gather(product)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from diptych.errors import ConfigError
 from diptych.kv_layout import DType, Inner
+from diptych.worker.collectives import ALONE, Collectives
 from diptych.worker.layers.linear import Dense, cpu_method
 from diptych.worker.models.config import Family, ModelConfig
 from diptych.worker.models.weights import torch_dtype
+from diptych.worker.parallel import ONE_RANK, ParallelDims
 from diptych.worker.step import StepBatch
 
 Kernel = Literal["auto", "torch", "fused"]
@@ -65,14 +67,18 @@ def build_model(
     num_threads: int,
     tokens_per_block: int,
     max_positions: int | None = None,
+    dims: ParallelDims = ONE_RANK,
+    ranks: Collectives = ALONE,
 ) -> Model:
     """Takes the weights out of `weights`. `max_positions`: longest sequence to serve; None: the model's own.
+
+    With several ranks `config` and `weights` are one rank's, and `ranks` is how it speaks to the others.
 
     "auto" is the fused C++ step on a CPU where it works, else torch; the log says why not.
     """
     positions = max_positions or config.max_position_embeddings
     if kernel != "torch" and device.type == "cpu":
-        reason = _unusable(config, tokens_per_block)
+        reason = _unusable(config, tokens_per_block, dims)
         if reason is None:
             from diptych.worker.models.cpu_fused import FusedModel
 
@@ -90,10 +96,12 @@ def build_model(
         raise ConfigError(
             f"kernel is 'fused', which runs on a CPU; the device is {device.type}.", param="kernel"
         )
-    return _build_eager(config, weights, device, num_threads, positions)
+    return _build_eager(config, weights, device, num_threads, positions, dims, ranks)
 
 
-def _unusable(config: ModelConfig, tokens_per_block: int) -> str | None:
+def _unusable(config: ModelConfig, tokens_per_block: int, dims: ParallelDims) -> str | None:
+    if dims.tp_size > 1:
+        return "they compute all layers in one call, and ranks must exchange sums in between"
     from diptych.worker.models import cpu_fused
 
     return cpu_fused.unusable(config, tokens_per_block)
@@ -105,6 +113,8 @@ def _build_eager(
     device: torch.device,
     num_threads: int,
     max_positions: int,
+    dims: ParallelDims,
+    ranks: Collectives,
 ) -> Model:
     from diptych.worker.models.eager import EagerModel
 
@@ -113,5 +123,7 @@ def _build_eager(
     if device.type == "cpu":
         torch.set_num_threads(num_threads)
     method = cpu_method(torch_dtype(config)) if device.type == "cpu" else Dense()
-    network = family.build(config, weights, device=device, method=method, max_positions=max_positions)
+    network = family.build(
+        config, weights, device=device, method=method, max_positions=max_positions, dims=dims, ranks=ranks
+    )
     return EagerModel(network, config, device, kernel_name=method.name)

@@ -16,8 +16,10 @@ from diptych.kernels.gpu import num_multiprocessors
 from diptych.kernels.norm_triton import add_rms_norm, embed_norm
 from diptych.kernels.rope_triton import HeadLayout, rope_append
 from diptych.kernels.skinny_linear_triton import MAX_ROWS, choose, skinny_linear
+from diptych.worker.collectives import ALONE, Collectives
 from diptych.worker.layers.rope import RotaryEmbedding
 from diptych.worker.models.config import ModelConfig
+from diptych.worker.parallel import ONE_RANK, ParallelDims
 
 # Query `[T, heads, dim]` and one layer's cache to attended values, same shape.
 Attend = Callable[[Tensor, Tensor], Tensor]
@@ -64,9 +66,18 @@ class _Layer:
 
 class CudaNetwork:
     def __init__(
-        self, config: ModelConfig, weights: dict[str, Tensor], device: torch.device, max_positions: int
+        self,
+        config: ModelConfig,
+        weights: dict[str, Tensor],
+        device: torch.device,
+        max_positions: int,
+        dims: ParallelDims = ONE_RANK,
+        ranks: Collectives = ALONE,
     ) -> None:
-        """Takes the weights out of the mapping one by one, so that never two copies of all of them exist."""
+        """Takes the weights out of the mapping one by one, so that never two copies of all of them exist.
+
+        `config` and `weights` are this rank's.
+        """
         sms = num_multiprocessors(device)
 
         def take(name: str) -> Tensor:
@@ -90,10 +101,11 @@ class CudaNetwork:
 
         self.config = config
         self.device = device
+        self.ranks = ranks
         self._embedding = take("embed_tokens")
         self._layers = tuple(layer(index) for index in range(config.num_layers))
         self._norm = take("norm")
-        head = self._embedding if config.tie_word_embeddings else take("lm_head")
+        head = self._embedding[dims.head_rows(config)] if config.tie_word_embeddings else take("lm_head")
         self._head = PartsLinear(head, None, sms)
         rotary = RotaryEmbedding.build(config.rope, config.head_dim, max_positions, device)
         self._angles = rotary.cos.contiguous(), rotary.sin.contiguous()
@@ -124,8 +136,9 @@ class CudaNetwork:
             if index:
                 normed = add_rms_norm(parts, residual, layer.input_norm, eps)
             attended = self._attend(layer, normed, rows, pool[:, index])
-            normed = add_rms_norm(layer.o(attended), residual, layer.post_norm, eps)
-            parts = layer.down(silu_and_mul(layer.gate_up(normed), self.dtype))
+            parts = self.ranks.total_parts(layer.o(attended))
+            normed = add_rms_norm(parts, residual, layer.post_norm, eps)
+            parts = self.ranks.total_parts(layer.down(silu_and_mul(layer.gate_up(normed), self.dtype)))
         if rows.logits_rows is not None:
             parts, residual = parts[:, rows.logits_rows], residual[rows.logits_rows]
         return self._logits(add_rms_norm(parts, residual, self._norm, eps))
@@ -147,5 +160,7 @@ class CudaNetwork:
     def _logits(self, normed: Tensor) -> Tensor:
         if len(normed) <= MAX_ROWS:
             parts = self._head(normed)
-            return parts[0] if len(parts) == 1 else parts.sum(0)
-        return torch.mm(normed, self._head.weight.T, out_dtype=torch.float32)
+            logits = parts[0] if len(parts) == 1 else parts.sum(0)
+        else:
+            logits = torch.mm(normed, self._head.weight.T, out_dtype=torch.float32)
+        return logits if logits.shape[1] == self.config.vocab_size else self.ranks.join_columns(logits)

@@ -62,8 +62,8 @@ class GgufFile:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._info(name).shape
 
-    def read(self, name: str) -> Tensor:
-        """The tensor, dequantized, in float32."""
+    def read(self, name: str, axis: int = 0, cut: range | None = None) -> Tensor:
+        """The tensor, dequantized, in float32; `cut`: only these indices along `axis`."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
         from gguf.quants import dequantize
 
@@ -72,12 +72,17 @@ class GgufFile:
             kind = GGMLQuantizationType(info.kind)
             items, item_bytes = GGML_QUANT_SIZES[kind]
             raw = self._bytes(name, info, math.prod(info.shape) // items * item_bytes)
-            values = dequantize(raw.reshape(*info.shape[:-1], -1), kind)
+            rows = raw.reshape(*info.shape[:-1], -1)
+            # Along the last axis numbers are packed in blocks that a cut may go through.
+            if cut is not None and axis < len(info.shape) - 1:
+                rows, cut = rows[(slice(None),) * axis + (slice(cut.start, cut.stop),)], None
+            values = dequantize(rows, kind)
         except (ValueError, KeyError, NotImplementedError) as error:
             raise ModelLoadError(
                 f"Tensor {name} of {self.path} has a number format that cannot be dequantized: {error}."
             ) from error
-        return torch.from_numpy(np.require(values, np.float32, ("C", "W")).reshape(info.shape))
+        tensor = torch.from_numpy(np.require(values, np.float32, ("C", "W")))
+        return tensor if cut is None else tensor.narrow(axis, cut.start, len(cut))
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diptych.worker.collectives import ALONE, Collectives
 from diptych.worker.layers.attention import Attention
 from diptych.worker.layers.embedding import Embedding, LmHead
 from diptych.worker.layers.linear import Linear, QuantMethod, Split
@@ -16,6 +17,7 @@ from diptych.worker.layers.mlp import GatedMlp
 from diptych.worker.layers.norm import RmsNorm
 from diptych.worker.layers.rope import RotaryEmbedding
 from diptych.worker.models.config import ModelConfig
+from diptych.worker.parallel import ONE_RANK, ParallelDims
 from diptych.worker.step import StepContext
 
 
@@ -52,16 +54,26 @@ class LlamaModel:
         device: torch.device,
         method: QuantMethod,
         max_positions: int,
+        dims: ParallelDims = ONE_RANK,
+        ranks: Collectives = ALONE,
     ) -> "LlamaModel":
-        """Takes the weights out of the mapping one by one, so that never two copies of all of them exist."""
-        builder = _Builder(config, weights, device, method)
+        """Takes the weights out of the mapping one by one, so that never two copies of all of them exist.
+
+        `config` and `weights` are this rank's.
+        """
+        builder = _Builder(config, weights, device, method, ranks)
         embedding = Embedding(builder.take("embed_tokens"))
-        head = embedding.weight if config.tie_word_embeddings else builder.take("lm_head")
+        head = (
+            embedding.weight[dims.head_rows(config)]
+            if config.tie_word_embeddings
+            else builder.take("lm_head")
+        )
+        join = ranks.join_columns if len(head) < config.vocab_size else None
         return cls(
             embedding=embedding,
             layers=tuple(builder.layer(index) for index in range(config.num_layers)),
             norm=builder.norm("norm"),
-            lm_head=LmHead(Linear(method.pack(head, None), "outputs")),
+            lm_head=LmHead(Linear(method.pack(head, None), "outputs", join)),
             rotary=RotaryEmbedding.build(config.rope, config.head_dim, max_positions, device),
         )
 
@@ -83,6 +95,7 @@ class _Builder:
     weights: dict[str, Tensor]
     device: torch.device
     method: QuantMethod
+    ranks: Collectives
 
     def take(self, name: str) -> Tensor:
         return self.weights.pop(name).to(self.device)
@@ -92,7 +105,7 @@ class _Builder:
 
     def linear(self, name: str, split: Split, *, bias: bool = False) -> Linear:
         packed = self.method.pack(self.take(name), self.take(f"{name}_bias") if bias else None)
-        return Linear(packed, split)
+        return Linear(packed, split, self.ranks.total if split == "inputs" else None)
 
     def layer(self, index: int) -> DecoderLayer:
         prefix = f"layers.{index}"

@@ -19,6 +19,7 @@ from diptych.worker.models.config import ModelConfig
 from diptych.worker.models.gguf_file import GgufFile
 from diptych.worker.models.safetensors_dir import SafetensorsDir, read_json, read_optional_json
 from diptych.worker.models.weights import Part, WeightSpec, dummy_weights, torch_dtype, weight_specs
+from diptych.worker.parallel import ONE_RANK, ParallelDims
 
 __all__ = ["TensorSource", "dummy_weights", "is_gguf", "load_config", "load_weights"]
 
@@ -33,7 +34,9 @@ class TensorSource(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
-    def read(self, name: str) -> Tensor: ...
+    def read(self, name: str, axis: int = 0, cut: range | None = None) -> Tensor:
+        """All of it, or the indices `cut` along `axis`."""
+        ...
 
 
 def is_gguf(path: Path) -> bool:
@@ -57,9 +60,12 @@ def load_weights(
     config: ModelConfig,
     progress: Callable[[float], None],
     device: torch.device | None = None,
+    *,
+    dims: ParallelDims = ONE_RANK,
 ) -> dict[str, Tensor]:
     """Canonical weights (see weights.py) in the config's dtype, each put on `device` as it is read (None: the CPU).
 
+    `config` is that of the whole model, of which only what the rank holds is read.
     `progress` gets fractions, in this thread.
     """
     source: TensorSource = GgufFile.open(path) if is_gguf(path) else SafetensorsDir.open(path)
@@ -70,7 +76,7 @@ def load_weights(
     with ThreadPoolExecutor(_num_threads(), thread_name_prefix="load") as pool:
         # The largest first, so that no thread is left alone with it at the end.
         ordered = sorted(specs, key=_size, reverse=True)
-        pending = {pool.submit(_load, source, spec, dtype, device): spec for spec in ordered}
+        pending = {pool.submit(_load, source, spec, dtype, device, dims): spec for spec in ordered}
         try:
             for future in as_completed(pending):
                 spec = pending[future]
@@ -91,16 +97,26 @@ def _gguf_config(file: GgufFile) -> ModelConfig:
     return dataclasses.replace(config, rope=dataclasses.replace(config.rope, frequency_divisors=divisors))
 
 
-def _load(source: TensorSource, spec: WeightSpec, dtype: torch.dtype, device: torch.device | None) -> Tensor:
-    weight = torch.empty(spec.shape, dtype=dtype, device=device)
+def _load(
+    source: TensorSource,
+    spec: WeightSpec,
+    dtype: torch.dtype,
+    device: torch.device | None,
+    dims: ParallelDims,
+) -> Tensor:
+    shape = spec.local_shape(dims)
+    if spec.added_once and dims.tp_rank:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    weight = torch.empty(shape, dtype=dtype, device=device)
     row = 0
     for part in spec.parts:
-        weight[row : row + part.shape[0]] = _read(source, part)
-        row += part.shape[0]
+        tensor = _read(source, part, part.cut(dims))
+        weight[row : row + len(tensor)] = tensor
+        row += len(tensor)
     return weight
 
 
-def _read(source: TensorSource, part: Part) -> Tensor:
+def _read(source: TensorSource, part: Part, cut: range) -> Tensor:
     gguf = isinstance(source, GgufFile)
     name = part.gguf_name if gguf else part.hf_name
     shape = source.shape(name)
@@ -109,9 +125,9 @@ def _read(source: TensorSource, part: Part) -> Tensor:
             f"Tensor {name} of {source.path} has shape {list(shape)}; the model's config asks for "
             f"{list(part.shape)}."
         )
-    tensor = source.read(name)
+    tensor = source.read(name, part.axis, cut)
     if gguf and part.interleaved_heads is not None:
-        return _half_split(tensor, part.interleaved_heads)
+        return _half_split(tensor, part.interleaved_heads * len(tensor) // part.shape[0])
     return tensor
 
 

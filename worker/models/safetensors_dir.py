@@ -54,8 +54,16 @@ class SafetensorsDir:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._file(name).get_slice(name).get_shape())
 
-    def read(self, name: str) -> Tensor:
-        tensor: Tensor = self._file(name).get_tensor(name)
+    def read(self, name: str, axis: int = 0, cut: range | None = None) -> Tensor:
+        """All of it, or the indices `cut` along `axis`, 0 or 1; no more than that is read from the file."""
+        file, tensor = self._file(name), None
+        if cut is None:
+            tensor = file.get_tensor(name)
+        elif axis == 0:
+            tensor = file.get_slice(name)[cut.start : cut.stop]
+        else:
+            tensor = file.get_slice(name)[:, cut.start : cut.stop]
+        assert isinstance(tensor, Tensor)
         return tensor
 
     def _file(self, name: str) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diptych.kv_layout import DType
 from diptych.worker.models.config import ModelConfig
+from diptych.worker.parallel import ONE_RANK, ParallelDims
 
 _DTYPES: dict[DType, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -32,6 +33,21 @@ class Part:
     # Number of heads whose rows GGUF's llama converter interleaves for its own rotation; None: rows as in
     # Hugging Face.
     interleaved_heads: int | None = None
+    axis: int = 0  # along which ranks cut it
+    # Pieces that are never cut; 0, or a number that the ranks do not divide: every rank holds all of it.
+    units: int = 0
+
+    def cut(self, dims: ParallelDims) -> range:
+        """The indices along `axis` that a rank holds."""
+        if not self.units or not dims.spreads(self.units):
+            return range(self.shape[self.axis])
+        pieces, size = dims.part(self.units), self.shape[self.axis] // self.units
+        return range(pieces.start * size, pieces.stop * size)
+
+    def local_shape(self, dims: ParallelDims) -> tuple[int, ...]:
+        shape = list(self.shape)
+        shape[self.axis] = len(self.cut(dims))
+        return tuple(shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +56,28 @@ class WeightSpec:
 
     name: str
     parts: tuple[Part, ...]
+    added_once: bool = False  # to a sum over all ranks: zero on all but the first
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+        return self.local_shape(ONE_RANK)
+
+    def local_shape(self, dims: ParallelDims) -> tuple[int, ...]:
+        shapes = [part.local_shape(dims) for part in self.parts]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+    def local(self, weight: Tensor, dims: ParallelDims) -> Tensor:
+        """A rank's part of the whole weight."""
+        if dims.tp_size == 1:
+            return weight
+        if self.added_once and dims.tp_rank:
+            return torch.zeros_like(weight)
+        wholes = torch.split(weight, [part.shape[0] for part in self.parts])
+        pieces = []
+        for part, whole in zip(self.parts, wholes, strict=True):
+            cut = part.cut(dims)
+            pieces.append(whole.narrow(part.axis, cut.start, len(cut)))
+        return torch.cat(pieces)
 
 
 def torch_dtype(config: ModelConfig) -> torch.dtype:
@@ -57,17 +91,18 @@ def weight_specs(config: ModelConfig) -> list[WeightSpec]:
         _single("norm", "model.norm.weight", "output_norm.weight", (hidden,)),
     ]
     if not config.tie_word_embeddings:
-        specs.append(_single("lm_head", "lm_head.weight", "output.weight", (vocab, hidden)))
+        head = Part("lm_head.weight", "output.weight", (vocab, hidden), units=vocab)
+        specs.append(WeightSpec("lm_head", (head,)))
     for layer in range(config.num_layers):
         specs.extend(_layer(config, layer))
     return specs
 
 
 def dummy_weights(
-    config: ModelConfig, seed: int = 0, device: torch.device | None = None
+    config: ModelConfig, seed: int = 0, device: torch.device | None = None, dims: ParallelDims = ONE_RANK
 ) -> dict[str, Tensor]:
     """Random weights that keep activations in range; the same seed gives the same model in every process that
-    draws them on the same kind of device.
+    draws them on the same kind of device, whatever part of it the process keeps.
     """
     device = device or torch.device("cpu")
     generator = torch.Generator(device).manual_seed(seed)
@@ -78,7 +113,7 @@ def dummy_weights(
             weights[spec.name] = torch.ones(spec.shape, dtype=dtype, device=device)
         else:
             weight = torch.empty(spec.shape, dtype=dtype, device=device)
-            weights[spec.name] = weight.normal_(0.0, 0.02, generator=generator)
+            weights[spec.name] = spec.local(weight.normal_(0.0, 0.02, generator=generator), dims)
     return weights
 
 
@@ -99,16 +134,19 @@ def _layer(config: ModelConfig, layer: int) -> Iterator[WeightSpec]:
             names = f"{hf}.self_attn.{which}.weight", f"{gguf}.attn_{which}.weight"
             yield _single(f"{ours}.{which}", *names, (config.head_dim,))
     output = f"{hf}.self_attn.o_proj", f"{gguf}.attn_output"
-    yield _single(f"{ours}.o", f"{output[0]}.weight", f"{output[1]}.weight", (hidden, heads_width))
+    names = f"{output[0]}.weight", f"{output[1]}.weight"
+    yield WeightSpec(f"{ours}.o", (Part(*names, (hidden, heads_width), axis=1, units=config.num_heads),))
     if config.o_bias:
-        yield _single(f"{ours}.o_bias", f"{output[0]}.bias", f"{output[1]}.bias", (hidden,))
+        bias = Part(f"{output[0]}.bias", f"{output[1]}.bias", (hidden,))
+        yield WeightSpec(f"{ours}.o_bias", (bias,), added_once=True)
     yield _single(
         f"{ours}.post_norm", f"{hf}.post_attention_layernorm.weight", f"{gguf}.ffn_norm.weight", (hidden,)
     )
-    gate = Part(f"{hf}.mlp.gate_proj.weight", f"{gguf}.ffn_gate.weight", (inner, hidden))
-    up = Part(f"{hf}.mlp.up_proj.weight", f"{gguf}.ffn_up.weight", (inner, hidden))
+    gate = Part(f"{hf}.mlp.gate_proj.weight", f"{gguf}.ffn_gate.weight", (inner, hidden), units=inner)
+    up = Part(f"{hf}.mlp.up_proj.weight", f"{gguf}.ffn_up.weight", (inner, hidden), units=inner)
     yield WeightSpec(f"{ours}.gate_up", (gate, up))
-    yield _single(f"{ours}.down", f"{hf}.mlp.down_proj.weight", f"{gguf}.ffn_down.weight", (hidden, inner))
+    names = f"{hf}.mlp.down_proj.weight", f"{gguf}.ffn_down.weight"
+    yield WeightSpec(f"{ours}.down", (Part(*names, (hidden, inner), axis=1, units=inner),))
 
 
 def _qkv(config: ModelConfig, layer: int, kind: str, name: str) -> WeightSpec:
@@ -121,6 +159,7 @@ def _qkv(config: ModelConfig, layer: int, kind: str, name: str) -> WeightSpec:
             f"blk.{layer}.attn_{letter}.{kind}",
             (heads * config.head_dim, *tail),
             interleaved_heads=heads if interleaved else None,
+            units=heads,
         )
 
     kv = config.num_kv_heads

@@ -174,7 +174,8 @@ class TestRefusals:
             ("load_format: fast", "load_format must be one of auto, dummy, not 'fast'"),
             ("kv_cache_config: 3", "kv_cache_config must be a mapping, not 3"),
             ("backend: vllm", "backend must be one of pytorch"),
-            ("tensor_parallel_size: 2", "tensor_parallel_size must be 1, not 2"),
+            ("pipeline_parallel_size: 2", "pipeline_parallel_size must be 1, not 2: in this version"),
+            ("tensor_parallel_size: 0", "tensor_parallel_size must be"),
             ("max_beam_width: 4", "max_beam_width must be 1, not 4"),
             ("port: 70000", "port must be from 0 to 65535, not 70000"),
             ("server_role: MM_ENCODER", "MM_ENCODER is not supported"),
@@ -192,7 +193,7 @@ class TestRefusals:
         assert file in message
 
     def test_error_of_the_command_line_says_so(self):
-        assert refuse({"tp_size": 4}).startswith("command line: tensor_parallel_size must be 1")
+        assert refuse({"ep_size": 4}).startswith("command line: moe_expert_parallel_size must be 1")
 
     def test_missing_file(self, tmp_path: Path):
         assert "No such file" in refuse({}, str(tmp_path / "absent.yaml"))
