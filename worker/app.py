@@ -238,6 +238,8 @@ async def _release(request: web.Request) -> web.Response:
             'the body must be {"ticket_ids": [string, ...], "disagg_request_ids": [id, ...], "incarnation": string}',
             param="ticket_ids",
         ) from None
+    if not service.is_loaded:  # meant for who had this address before
+        return _json({"released": 0})
     ticket_ids = [*wanted.ticket_ids]
     if wanted.incarnation in ("", service.incarnation):
         for request_id in wanted.disagg_request_ids:
