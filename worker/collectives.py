@@ -11,12 +11,11 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from diptych.errors import StartupError
 from diptych.worker.peer_sums import PeerSums
 
-_HOST = "127.0.0.1"
 _MEETING = timedelta(seconds=120)  # until all ranks are at the same place
 _OPERATION = timedelta(seconds=600)  # one rank may load weights for longer than another
 # Partial sums of few rows are sent as they are: the kernel that takes them adds over one more axis at no cost.
@@ -82,8 +81,8 @@ ALONE = Alone()
 class ProcessGroup:
     """Over torch.distributed's default group, of which a process has one."""
 
-    def __init__(self, store: TCPStore, rank: int, size: int, device: torch.device) -> None:
-        """Returns when all ranks are here. StartupError when that takes too long."""
+    def __init__(self, path: str, rank: int, size: int, device: torch.device) -> None:
+        """Returns when all ranks are at this place (`open_store`). StartupError when that takes too long."""
         self.rank = rank
         self._size = size
         self._device = device
@@ -93,6 +92,8 @@ class ProcessGroup:
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")
         try:
+            store = FileStore(path, size)
+            store.set_timeout(_MEETING)
             dist.init_process_group(
                 "nccl" if on_gpu else "gloo",
                 store=store,
@@ -133,10 +134,6 @@ class ProcessGroup:
         return gathered.view(self._size, *x.shape)
 
 
-def open_store() -> TCPStore:
-    """Where ranks find each other: on rank 0, at a free port of the loopback."""
-    return TCPStore(_HOST, 0, is_master=True, wait_for_workers=False, timeout=_MEETING)
-
-
-def join_store(port: int) -> TCPStore:
-    return TCPStore(_HOST, port, is_master=False, timeout=_MEETING)
+def open_store() -> str:
+    """The path of a new place where ranks find each other: memory of this process, open to its user's processes."""
+    return f"/proc/{os.getpid()}/fd/{os.memfd_create('diptych-ranks')}"

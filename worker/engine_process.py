@@ -125,9 +125,9 @@ def _meet(settings: EngineSettings, group: RankGroup | None, device: Any) -> "Co
 
     if group is None:
         return ALONE
-    store = open_store()
-    group.meet(store.port)
-    return ProcessGroup(store, 0, settings.dims.tp_size, device)
+    place = open_store()
+    group.meet(place)
+    return ProcessGroup(place, 0, settings.dims.tp_size, device)
 
 
 def _limits(settings: EngineSettings, config: "ModelConfig", num_blocks: int) -> SchedulerLimits:

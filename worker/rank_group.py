@@ -98,9 +98,9 @@ class RankGroup:
         for listener in self._listeners:
             listener.start()
 
-    def meet(self, port: int) -> None:
+    def meet(self, place: str) -> None:
         for rank in self.ranks:
-            self.send(rank, Meet(_settings_of(self._settings, rank.number), port))
+            self.send(rank, Meet(_settings_of(self._settings, rank.number), place))
 
     def wait_loaded(self) -> int:
         """Until all have their weights; the number of KV blocks that the least of them could hold.

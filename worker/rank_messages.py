@@ -19,7 +19,7 @@ class Meet(msgspec.Struct, frozen=True, tag="meet"):
     """First message to a rank: what it is, and where all meet for their collectives."""
 
     settings: EngineSettings
-    port: int
+    place: str
 
 
 class Begin(msgspec.Struct, frozen=True, tag="begin"):

@@ -4,7 +4,7 @@ That is its parent (rank_group.py), whose steps it repeats on its part of the mo
 scheduler, draws no tokens, and holds no leases.
 """
 
-import contextlib
+import logging
 import os
 import select
 import socket
@@ -35,19 +35,24 @@ from diptych.worker.rank_messages import (
     ToRank,
 )
 
+log = logging.getLogger("diptych.worker.rank_process")  # this module is __main__
+
 
 def main() -> None:
     end_with_parent()
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))
-    with contextlib.suppress(EOFError, OSError):  # rank 0 is gone, or has closed: so do we
-        try:
-            follower = _build(channel)
-        except StartupError as error:
-            channel.send(Failed(error.message))
-            os._exit(2)
-        follower.run()
-    # Communicators and threads of libraries may wait for the other ranks, which end likewise.
-    os._exit(0)
+    code = 1
+    try:
+        _build(channel).run()
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        code = 0  # rank 0 is gone, or has closed: so do we
+    except StartupError as error:
+        channel.send(Failed(error.message))
+    except Exception:
+        log.exception("rank failed")
+    finally:
+        # Communicators and threads of libraries may wait for the other ranks, and those for our end.
+        os._exit(code)
 
 
 def _build(channel: Channel) -> "Follower":
@@ -59,14 +64,14 @@ def _build(channel: Channel) -> "Follower":
     logs.configure(settings.log_level)
 
     from diptych.worker import assembly
-    from diptych.worker.collectives import ProcessGroup, join_store
+    from diptych.worker.collectives import ProcessGroup
     from diptych.worker.kv_memory import create_pool, require_device
     from diptych.worker.models.loader import load_config
 
     dims = settings.dims
     device = require_device(settings)
     assembly.prepare(settings)
-    ranks = ProcessGroup(join_store(meeting.port), dims.tp_rank, dims.tp_size, device)
+    ranks = ProcessGroup(meeting.place, dims.tp_rank, dims.tp_size, device)
     loaded = assembly.load(settings, load_config(Path(settings.model_path)), ranks, _show_nothing)
     channel.send(Loaded(loaded.num_blocks))
     begin = channel.receive_to_rank()

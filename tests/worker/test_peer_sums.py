@@ -9,17 +9,15 @@ import torch
 RANK = """
 import sys
 import torch
-from diptych.worker.collectives import ProcessGroup, join_store, open_store
+from diptych.worker.collectives import ProcessGroup, open_store
 
-rank, port = int(sys.argv[1]), int(sys.argv[2])
+rank, place = int(sys.argv[1]), sys.argv[2]
 if rank == 0:
-    store = open_store()
-    print(store.port, flush=True)
-else:
-    store = join_store(port)
+    place = open_store()
+    print(place, flush=True)
 device = torch.device("cuda", rank)
 torch.cuda.set_device(device)
-ranks = ProcessGroup(store, rank, 2, device)
+ranks = ProcessGroup(place, rank, 2, device)
 ranks.reserve(300 * 1024 * 2)
 assert ranks._peer_sums is not None
 generator = torch.Generator(device).manual_seed(3)
@@ -60,8 +58,8 @@ def test_sums_of_two_gpus():
         [*command, "0", "0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
-        port = first.stdout.readline().strip()
-        second = subprocess.run([*command, "1", port], capture_output=True, text=True, timeout=80)
+        place = first.stdout.readline().strip()
+        second = subprocess.run([*command, "1", place], capture_output=True, text=True, timeout=80)
         assert second.returncode == 0, second.stdout + second.stderr
         assert first.communicate(timeout=20)[0].strip().endswith("done")
     finally:
