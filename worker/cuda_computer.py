@@ -127,9 +127,7 @@ class CudaComputer:
         rows = Rows(
             token_ids=zeros,
             positions=zeros,
-            slots=zeros,
-            tables=torch.zeros(1, 1, dtype=torch.int32, device=device),
-            attend=lambda query, cache: torch.zeros_like(query),
+            attend=lambda parts, inputs, cache: cache.new_zeros(num_rows, config.num_heads, config.head_dim),
             logits_rows=torch.zeros(num_logits, dtype=torch.int64, device=device),
         )
         torch.cuda.synchronize(device)

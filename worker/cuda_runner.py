@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from diptych.kernels.batch_state_triton import advance_rows, fill_tokens
-from diptych.kernels.decode_attention_triton import DecodePlan, decode_attention
-from diptych.kernels.gpu import num_multiprocessors
+from diptych.kernels.rope_triton import HeadInputs, rope_append
 from diptych.kernels.sampling_triton import DrawParameters, draw_greedy, draw_sampled
+from diptych.worker.decode import Decode
 from diptych.worker.device_state import DeviceState, Int32s, Staging
 from diptych.worker.graphs import DecodeGraphs
 from diptych.worker.models.cuda_network import CudaNetwork, Rows
@@ -62,7 +62,7 @@ class CudaRunner:
         self._sampler = sampler
         self._slots = SlotMap(state)
         self._staging = Staging(state.device)
-        self._num_sms = num_multiprocessors(state.device)
+        self._decode = Decode(network.config, state)
         on_gpu = state.device.type == "cuda"
         self._host = [torch.empty(state.num_slots, dtype=torch.int32, pin_memory=on_gpu) for _ in range(2)]
         self._parameters = DrawParameters(
@@ -123,15 +123,32 @@ class CudaRunner:
         if rest:
             self._prefill.plan(rest, step.slots[single:], self._state.tables)
 
-        def attend(query: Tensor, cache: Tensor) -> Tensor:
-            out = torch.empty_like(query)
+        def attend(parts: Tensor, inputs: HeadInputs, cache: Tensor) -> Tensor:
+            layout = inputs.layout
+            out = cache.new_empty(len(step.slots), layout.num_heads, layout.head_dim)
             if single:
-                self._decode(query[:single], cache, step, out[:single])
+                first = slice(None, single)
+                self._decode.run(
+                    parts[:, first],
+                    inputs,
+                    cache,
+                    positions=step.positions[first],
+                    slots=step.slots[first],
+                    out=out[first],
+                )
             if rest:
-                self._prefill.run(query[single:], cache, out[single:])
+                query = rope_append(
+                    parts[:, single:],
+                    inputs,
+                    positions=step.positions[single:],
+                    slots=step.slots[single:],
+                    tables=self._state.tables,
+                    cache=cache,
+                )
+                self._prefill.run(query, cache, out[single:])
             return out
 
-        rows = Rows(step.token_ids, step.positions, step.slots, self._state.tables, attend, step.logits_rows)
+        rows = Rows(step.token_ids, step.positions, attend, step.logits_rows)
         logits = self._network.forward(rows, self._pool)
         num_drawing = sum(chunk.draws for chunk in chunks)
         _tell(chunks, logits[num_drawing:])
@@ -145,20 +162,6 @@ class CudaRunner:
         self._network.ranks.from_first(drawn)
         advance_rows(slots, positions, drawn, self._state.field("tokens"), self._state.field("positions"))
         return _Output(logits, drawn, slots)
-
-    def _decode(self, query: Tensor, cache: Tensor, step: "_StepTensors", out: Tensor) -> None:
-        config = self._network.config
-        decode_attention(
-            query,
-            cache,
-            positions=step.positions,
-            slots=step.slots,
-            tables=self._state.tables,
-            scale=config.head_dim**-0.5,
-            window=config.sliding_window,
-            plan=DecodePlan.choose(len(query), config.num_kv_heads, self._num_sms),
-            out=out,
-        )
 
     def _draw_on_host(self, drawing: list[Chunk], output: _Output) -> dict[int, Drawn | str]:
         """Rows that want more than the kernels do: drawn here, and their tokens put into the state."""

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from diptych.kernels.batch_state_triton import advance_rows, gather_rows
-from diptych.kernels.decode_attention_triton import DecodePlan, decode_attention
-from diptych.kernels.gpu import num_multiprocessors
+from diptych.kernels.rope_triton import HeadInputs
 from diptych.kernels.sampling_triton import DrawParameters, draw_greedy, draw_sampled
+from diptych.worker.decode import Decode
 from diptych.worker.device_state import DeviceState
 from diptych.worker.models.cuda_network import CudaNetwork, Rows
 
@@ -62,6 +62,7 @@ class DecodeGraphs:
         self._network = network
         self._state = state
         self._pool = pool
+        self._decode = Decode(network.config, state)
         self.sizes = sorted(sizes)
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         self._outputs: dict[tuple[int, bool], StepOutput] = {}
@@ -97,27 +98,17 @@ class DecodeGraphs:
         return self._outputs[size, sampled]
 
     def _step(self, size: int, *, sampled: bool) -> StepOutput:
-        state, config = self._state, self._network.config
+        state = self._state
         slots = state.rows[:size]
         tokens, positions = gather_rows(slots, state.field("tokens"), state.field("positions"))
-        plan = DecodePlan.choose(size, config.num_kv_heads, num_multiprocessors(state.device))
 
-        def attend(query: Tensor, cache: Tensor) -> Tensor:
-            out = torch.empty_like(query)
-            decode_attention(
-                query,
-                cache,
-                positions=positions,
-                slots=slots,
-                tables=state.tables,
-                scale=config.head_dim**-0.5,
-                window=config.sliding_window,
-                plan=plan,
-                out=out,
-            )
+        def attend(parts: Tensor, inputs: HeadInputs, cache: Tensor) -> Tensor:
+            layout = inputs.layout
+            out = cache.new_empty(size, layout.num_heads, layout.head_dim)
+            self._decode.run(parts, inputs, cache, positions=positions, slots=slots, out=out)
             return out
 
-        logits = self._network.forward(Rows(tokens, positions, slots, state.tables, attend), self._pool)
+        logits = self._network.forward(Rows(tokens, positions, attend), self._pool)
         drawn, highest = draw_greedy(logits)
         if sampled:
             draw_sampled(logits, highest, drawn, slots, positions, self._parameters)
