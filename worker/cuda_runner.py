@@ -14,8 +14,7 @@ from torch import Tensor
 
 from diptych.kernels.batch_state_triton import advance_rows, fill_tokens
 from diptych.kernels.rope_triton import HeadInputs, rope_append
-from diptych.kernels.sampling_triton import DrawParameters, draw_greedy, draw_sampled
-from diptych.worker.decode import Decode
+from diptych.worker.decode import Decode, Draw
 from diptych.worker.device_state import DeviceState, Int32s, Staging
 from diptych.worker.graphs import DecodeGraphs
 from diptych.worker.models.cuda_network import CudaNetwork, Rows
@@ -23,7 +22,7 @@ from diptych.worker.plan import Chunk, Drawn, StepPlan
 from diptych.worker.prefill import Prefill
 from diptych.worker.runner import tell_prompt
 from diptych.worker.sampler import Row, Sampler
-from diptych.worker.slots import SlotMap
+from diptych.worker.slots import SlotMap, host_draws
 
 _UNREAD = -1  # a token that only the device knows
 
@@ -65,9 +64,7 @@ class CudaRunner:
         self._decode = Decode(network.config, state)
         on_gpu = state.device.type == "cuda"
         self._host = [torch.empty(state.num_slots, dtype=torch.int32, pin_memory=on_gpu) for _ in range(2)]
-        self._parameters = DrawParameters(
-            **{name: state.field(name) for name in DrawParameters.__dataclass_fields__}
-        )
+        self._draw = Draw(state, network.config.eos_token_ids)
 
     def needs_tokens(self, plan: StepPlan) -> bool:
         """Whether the host must know all tokens so far before the plan can be launched."""
@@ -156,9 +153,7 @@ class CudaRunner:
             return None
         logits, drawing = logits[:num_drawing], step.logits_rows[:num_drawing]
         slots, positions = slots[drawing], positions[drawing]
-        drawn, highest = draw_greedy(logits)
-        if sampled:
-            draw_sampled(logits, highest, drawn, slots, positions, self._parameters)
+        drawn = self._draw.run(logits, slots, positions, sampled=sampled)
         self._network.ranks.from_first(drawn)
         advance_rows(slots, positions, drawn, self._state.field("tokens"), self._state.field("positions"))
         return _Output(logits, drawn, slots)
@@ -230,13 +225,12 @@ def _tell(chunks: list[Chunk], logits: Tensor) -> None:
 
 
 def _by_host(chunk: Chunk) -> bool:
-    params = chunk.sequence.request.params
-    return (
-        params.num_logprobs is not None
-        or params.repetition_penalty != 1.0
-        or bool(params.presence_penalty or params.frequency_penalty or params.logit_bias)
-        or chunk.start + chunk.count - chunk.sequence.num_prompt < params.min_tokens
-    )
+    sequence = chunk.sequence
+    params = sequence.request.params
+    if host_draws(params):
+        return True
+    num_drawn = chunk.start + chunk.count - sequence.num_prompt
+    return bool(params.stop_token_ids) and num_drawn < params.min_tokens
 
 
 def _row(chunk: Chunk) -> Row:

@@ -1,7 +1,9 @@
-"""Attention of the rows of a step that are alone in their sequence: the products of one layer in, attended values out.
+"""What a step does with rows that are alone in their sequence: attend over the cache, and draw the next token.
 
 Used by graphs and by steps launched kernel by kernel. Knows neither chunks nor layers.
 """
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from diptych.kernels.decode_attention_triton import DecodePlan, decode_attention
 from diptych.kernels.gpu import num_multiprocessors
 from diptych.kernels.rope_triton import HeadInputs
+from diptych.kernels.sampling_triton import DrawParameters, draw_greedy, draw_sampled
 from diptych.worker.device_state import DeviceState
 from diptych.worker.models.config import ModelConfig
 
@@ -46,3 +49,20 @@ class Decode:
             arrivals=self._arrivals,
             out=out,
         )
+
+
+class Draw:
+    def __init__(self, state: DeviceState, ends: Iterable[int]) -> None:
+        """`ends`: ids that a sequence may not draw before its least number of tokens."""
+        names = set(DrawParameters.__dataclass_fields__) - {"ends"}
+        self._parameters = DrawParameters(
+            ends=torch.tensor(sorted(ends), dtype=torch.int32, device=state.device),
+            **{name: state.field(name) for name in names},
+        )
+
+    def run(self, logits: Tensor, slots: Tensor, positions: Tensor, *, sampled: bool) -> Tensor:
+        """The rows' tokens [T] int32, -1 where logits are no numbers. `sampled`: some row has a temperature."""
+        drawn, highest = draw_greedy(logits, slots, positions, self._parameters)
+        if sampled:
+            draw_sampled(logits, highest, drawn, slots, positions, self._parameters)
+        return drawn

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from diptych.kernels.batch_state_triton import advance_rows, gather_rows
 from diptych.kernels.rope_triton import HeadInputs
-from diptych.kernels.sampling_triton import DrawParameters, draw_greedy, draw_sampled
-from diptych.worker.decode import Decode
+from diptych.worker.decode import Decode, Draw
 from diptych.worker.device_state import DeviceState
 from diptych.worker.models.cuda_network import CudaNetwork, Rows
 
@@ -66,9 +65,7 @@ class DecodeGraphs:
         self.sizes = sorted(sizes)
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         self._outputs: dict[tuple[int, bool], StepOutput] = {}
-        self._parameters = DrawParameters(
-            **{name: state.field(name) for name in DrawParameters.__dataclass_fields__}
-        )
+        self._draw = Draw(state, network.config.eos_token_ids)
 
     def capture(self, progress: Callable[[float], None]) -> None:
         """The largest first: the smaller ones then share its memory. `progress` gets fractions."""
@@ -109,9 +106,7 @@ class DecodeGraphs:
             return out
 
         logits = self._network.forward(Rows(tokens, positions, attend), self._pool)
-        drawn, highest = draw_greedy(logits)
-        if sampled:
-            draw_sampled(logits, highest, drawn, slots, positions, self._parameters)
+        drawn = self._draw.run(logits, slots, positions, sampled=sampled)
         self._network.ranks.from_first(drawn)
         advance_rows(slots, positions, drawn, state.field("tokens"), state.field("positions"))
         return StepOutput(logits, drawn)
