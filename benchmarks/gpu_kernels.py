@@ -113,7 +113,11 @@ def linear_plans(rows: int, inputs: int) -> Iterator[SkinnyPlan]:
 
 
 def gated_plans(rows: int) -> Iterator[SkinnyPlan]:
-    one, few, more = ((2, 1024), (4, 512), (4, 1024)), ((32, 128), (64, 64)), ((64, 64), (32, 128), (64, 128))
+    one, few, more = (
+        ((2, 1024), (4, 512), (4, 1024)),
+        ((32, 128), (64, 64), (32, 64)),
+        ((64, 64), (32, 128), (64, 128)),
+    )
     for block_n, block_k in one if rows == 1 else few if rows <= 16 else more:
         for stages in (3, 4):
             yield SkinnyPlan(block_n, block_k, stages=stages, ahead=0)
@@ -131,7 +135,7 @@ def measure_linear() -> None:
             chosen = choose(rows, outputs, inputs, sms)
             product, plans = skinny_linear, {chosen, *linear_plans(rows, inputs)}
             if name.endswith("gate_up"):
-                chosen = choose_gated(rows, outputs // 2, inputs, sms)
+                chosen = choose_gated(rows, inputs)
                 product, plans = skinny_gated, {chosen, *gated_plans(rows)}
             cublas = time_us([partial(F.linear, x, weight) for weight in weights])
             for plan in plans:

@@ -33,6 +33,7 @@ from diptych.kernels import (
     skinny_linear_triton,
 )
 from diptych.kernels.decode_attention_triton import DecodePlan
+from diptych.kernels.skinny_linear_triton import SkinnyPlan
 from diptych.worker.device_state import DeviceState
 from diptych.worker.graphs import DecodeGraphs
 from diptych.worker.models import cuda_network
@@ -64,16 +65,22 @@ def no_dependent_launch() -> Variant:
     return Variant("kernels wait to be launched", tuple(patch.object(m, "chained", plain) for m in _MODULES))
 
 
-def products(name: str, **fields: Any) -> Variant:
-    """All skinny products with another plan."""
+def products(name: str, rows: int = 16, **fields: Any) -> Variant:
+    """All products of up to `rows` rows skinny, with another plan."""
     plain, gated = cuda_network.choose, cuda_network.choose_gated
     return Variant(
         f"products: {name}",
         (
+            patch.object(cuda_network, "MAX_ROWS", rows),
             patch.object(cuda_network, "choose", lambda *a: dataclasses.replace(plain(*a), **fields)),
             patch.object(cuda_network, "choose_gated", lambda *a: dataclasses.replace(gated(*a), **fields)),
         ),
     )
+
+
+def gated(*values: int) -> Variant:
+    plan = SkinnyPlan(*values)
+    return Variant(f"gated {values}", (patch.object(cuda_network, "choose_gated", lambda *a: plan),))
 
 
 def max_rows(count: int) -> Variant:
@@ -134,18 +141,30 @@ def variants(rows: int) -> Iterator[Variant]:
         ):
             yield attention(*form)
     elif rows <= 64:
-        yield max_rows(0)
-        for outputs in (6144, 4096, 28672, 128256):
+        yield max_rows(64 if rows > 16 else 0)
+        for outputs in (6144, 4096, 28672, 128256) if rows <= 16 else ():
             yield cublas_for(outputs)
-        yield products("3 stages", stages=3)
-        yield products("5 stages", stages=5)
-        yield products("no columns ahead", ahead=0)
-        yield products("128 outputs of 8 warps", block_n=128, num_warps=8)
-        yield products("64 outputs", block_n=64)
-    if rows > 1:
+        if rows > 16:
+            yield products("128 outputs of 8 warps", 64, block_n=128, num_warps=8)
+            yield products("no splits", 64, splits=1)
+            yield products("64 outputs", 64, block_n=64)
+        else:
+            for form in ((16, 128), (32, 128), (64, 64), (16, 256)):
+                yield gated(*form)
+    if rows == 8:
         for form in (
-            (1, 32, 3, 1), (1, 32, 4, 1), (1, 32, 3, 2), (1, 32, 3, 4), (1, 16, 4, 1), (1, 64, 3, 2), (1, 64, 4, 4),
-            (1, 128, 3, 4), (2, 64, 3, 4), (2, 32, 3, 2), (4, 32, 3, 1),
+            (2, 64, 3, 4),
+            (4, 64, 3, 4),
+            (8, 32, 3, 2),
+            (8, 64, 3, 4, 0),
+            (8, 64, 3, 4, 128),
+            (8, 128, 3, 4),
+        ):
+            yield attention(*form)
+    if rows > 8:
+        for form in (
+            (1, 64, 3, 4, 0), (1, 64, 3, 4, 128), (1, 64, 3, 4, 256), (1, 32, 3, 1), (1, 32, 3, 2), (1, 16, 4, 1),
+            (1, 64, 3, 2), (2, 64, 3, 4),
         ):  # fmt: skip
             yield attention(*form)
     yield Variant("as it is, again")

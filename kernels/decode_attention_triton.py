@@ -16,12 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from diptych.kernels.attention_tile_triton import LOG2E, places_of, take_tile
-from diptych.kernels.dependent_launch_triton import follow
+from diptych.kernels.dependent_launch_triton import fetch, follow
 from diptych.kernels.gpu import chained
 from diptych.kernels.rope_triton import HeadInputs, head_values, turned
 
 _MIN_GROUP = 16  # the least rows of the matrix unit
 _MAX_SHARES = 32
+_LINE = tl.constexpr(32)  # numbers
 
 
 @triton.jit
@@ -32,6 +33,18 @@ def _shares(position, WINDOW: tl.constexpr, SHARES: tl.constexpr, TILE: tl.const
         begin = tl.maximum(0, position + 1 - WINDOW) // TILE * TILE
     length = tl.maximum(tl.cdiv(tl.cdiv(position - begin, TILE), SHARES), 1) * TILE
     return begin, length, tl.maximum(tl.cdiv(position - begin, length), 1)
+
+
+@triton.jit
+def _fetch_tokens(head, table, start, stop, block_stride, kv_stride, DIM, BLOCK_TOKENS, AHEAD: tl.constexpr):
+    """The first tokens' keys and values are on their way while the query is made."""
+    tokens = start + tl.arange(0, AHEAD)
+    inside = tokens < stop
+    block = tl.load(table + tokens // BLOCK_TOKENS, mask=inside, other=0).to(tl.int64)
+    places = tl.where(inside, block * block_stride + (tokens % BLOCK_TOKENS) * DIM, 0)
+    lines = places[:, None] + (tl.arange(0, DIM // _LINE) * _LINE)[None, :]
+    fetch(head + lines)
+    fetch(head + kv_stride + lines)
 
 
 @triton.jit
@@ -62,7 +75,7 @@ def _decode(
     num_heads: tl.constexpr, num_kv_heads: tl.constexpr, GROUP: tl.constexpr, GROUP_LANES: tl.constexpr,
     DIM: tl.constexpr, LANES: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr,
     SPLITS: tl.constexpr, SHARES: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, PDL: tl.constexpr,
+    AHEAD: tl.constexpr, PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     follow(PDL)
     kv_head = tl.program_id(0)
@@ -79,6 +92,12 @@ def _decode(
         if share == 0:  # padding: what follows must not meet numbers that are none
             tl.store(to, tl.zeros([GROUP_LANES, DIM], tl.float32), mask=mine)
     elif share < used:
+        table = tables + tl.load(slots + row).to(tl.int64) * table_stride
+        head = cache + kv_head * head_stride
+        start = begin + share * length
+        stop = tl.minimum(start + length, position)
+        if PDL and AHEAD > 0:
+            _fetch_tokens(head, table, start, stop, block_stride, kv_stride, DIM, BLOCK_TOKENS, AHEAD)
         line = row * (num_heads + 2 * num_kv_heads) * DIM
         query = turned(
             parts, bias, q_norm, k_norm, cos, sin, line, position, kv_head * GROUP + group, dims, True, True, mine,
@@ -93,8 +112,6 @@ def _decode(
         value = head_values(
             parts, bias, line, own + num_kv_heads, dims, all_dims, split_stride, DIM, SPLITS, HAS_BIAS
         ).to(cache.dtype.element_ty)
-        table = tables + tl.load(slots + row).to(tl.int64) * table_stride
-        head = cache + kv_head * head_stride
         if share == 0:
             block = tl.load(table + position // BLOCK_TOKENS).to(tl.int64)
             slot = head + block * block_stride + (position % BLOCK_TOKENS) * DIM + dims[None, :]
@@ -105,8 +122,6 @@ def _decode(
         highest = tl.where(share == 0, own_score, -float("inf"))
         mass = tl.where(share == 0, 1.0, tl.zeros([GROUP_LANES], tl.float32))
         total = tl.where(share == 0, value.to(tl.float32), tl.zeros([GROUP_LANES, DIM], tl.float32))
-        start = begin + share * length
-        stop = tl.minimum(start + length, position)
         for at in tl.range(start, stop, TILE, num_stages=STAGES):
             tokens = at + tl.arange(0, TILE)
             inside = tokens < stop
@@ -153,15 +168,13 @@ class DecodePlan:
         3  # a look-up in the table within a tile takes two of them: from 5 on, two tiles are on their way
     )
     num_warps: int = 4
+    ahead: int = 64  # tokens that a program asks for before it makes its query; 0: none
 
     @classmethod
     def choose(cls, num_rows: int, num_kv_heads: int, num_sms: int) -> "DecodePlan":
         """What was fastest on an H200 with 8 kv heads of 128, for 1, 8, 64 and 256 rows."""
-        programs = num_rows * num_kv_heads
-        shares = 1
-        while shares < _MAX_SHARES and 2 * shares * programs <= 2 * num_sms:
-            shares *= 2
-        return cls(shares)
+        wanted = triton.cdiv(7 * num_sms, 2 * num_rows * num_kv_heads)
+        return cls(min(_MAX_SHARES, triton.next_power_of_2(wanted)))
 
 
 def decode_attention(
@@ -196,7 +209,7 @@ def decode_attention(
         parts.stride(0), tables.stride(0), *cache.stride()[:3], layout.eps, scale,
         GROUP=group, GROUP_LANES=max(_MIN_GROUP, triton.next_power_of_2(group)),
         BLOCK_TOKENS=cache.shape[3], TILE=plan.tile, SPLITS=splits, SHARES=plan.shares,
-        WINDOW=window or 0, STAGES=plan.stages,
+        WINDOW=window or 0, STAGES=plan.stages, AHEAD=plan.ahead,
         PRECISION="ieee" if out.dtype == torch.float32 else "tf32",
         num_warps=plan.num_warps, **inputs.constants(), **chained(out.device),
     )  # fmt: skip

@@ -12,21 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diptych.kernels.dependent_launch_triton import follow
+from diptych.kernels.dependent_launch_triton import fetch, follow
 from diptych.kernels.gpu import chained
 
-MAX_ROWS = 64
+MAX_ROWS = 16
 _DOT_ROWS = 16  # the least that the matrix unit takes
 _LINE = tl.constexpr(64)  # numbers of two bytes in a line of the cache
-
-
-@triton.jit
-def _fetch_ahead(line, AHEAD: tl.constexpr):
-    """The first AHEAD columns of each row on their way into the L2 cache: nobody writes weights."""
-    at = line + (tl.arange(0, AHEAD // _LINE) * _LINE)[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)], tl.int32, is_pure=False, pack=1
-    )
 
 
 @triton.jit
@@ -61,10 +52,11 @@ def _product(
     line = weight + rows.to(tl.int64)[:, None] * inputs
     upper = line + tl.cast(outputs, tl.int64) * inputs
     if PDL and EVEN and AHEAD > 0:
-        # The weight is on its way before the kernel that makes `x` is over.
-        _fetch_ahead(line + start, AHEAD)
+        # The weight, which nobody writes, is on its way before the kernel that makes `x` is over.
+        ahead = start + tl.arange(0, AHEAD // _LINE) * _LINE
+        fetch(line + ahead[None, :])
         if GATED:
-            _fetch_ahead(upper + start, AHEAD)
+            fetch(upper + ahead[None, :])
     follow(PDL)
     tokens = tl.arange(0, TOKENS)
     lanes = tl.arange(0, BLOCK_K)
@@ -112,11 +104,11 @@ def choose(num_rows: int, outputs: int, inputs: int, num_sms: int) -> SkinnyPlan
     return SkinnyPlan(64, block_k, splits)
 
 
-def choose_gated(num_rows: int, inner: int, inputs: int, num_sms: int) -> SkinnyPlan:
+def choose_gated(num_rows: int, inputs: int) -> SkinnyPlan:
     """For a gate and up weight, whose product must not be split."""
     if num_rows == 1:
         return SkinnyPlan(4, 1024 if inputs >= 2048 else 256)
-    return SkinnyPlan(32 if inner < 64 * num_sms else 64, 128 if inputs >= 2048 else 64)
+    return SkinnyPlan(32, 64)
 
 
 def skinny_linear(x: Tensor, weight: Tensor, plan: SkinnyPlan) -> Tensor:

@@ -14,7 +14,6 @@ if [ ! -e "$site/.done" ] && ls .whl/*.whl >/dev/null 2>&1; then
     touch "$site/.done"
 fi
 tests=(python3 -m pytest -q --tb short -rf -p no:cacheprovider -p no:benchmark)
-python3 -c "import xdist" 2>/dev/null && workers=(-n 8) || workers=()
 
 part() { # name, seconds, command...
     local name=$1 limit=$2 started=$SECONDS
@@ -29,7 +28,11 @@ for wanted in "${@:-setup attention tests serve steps variants kernels}"; do
         case $name in
         setup) nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv ;;
         attention) part attention 200 python3 benchmarks/gpu_kernels.py prefill ;; # compiles flashinfer's, too
-        tests) part tests 230 "${tests[@]}" "${workers[@]}" --timeout 90 -m gpu tests/kernels tests/worker ;;
+        tests)
+            part tests_worker 200 "${tests[@]}" --timeout 90 -m "gpu and not model" -k "not flashinfer" tests/worker &
+            part tests_kernels 200 "${tests[@]}" --timeout 90 -m gpu tests/kernels
+            wait
+            ;;
         model) part model 200 "${tests[@]}" --timeout 190 -m model tests/worker/test_cuda_runner.py ;;
         serve)
             part serve 150 python3 benchmarks/gpu_serve.py --output "$OUT/serve8b.json"
@@ -48,7 +51,7 @@ for wanted in "${@:-setup attention tests serve steps variants kernels}"; do
             part tp_kill 80 python3 benchmarks/gpu_tp.py --part kill --output "$OUT/tp_kill.json"
             part tp_speed 280 python3 benchmarks/gpu_tp.py --part speed --output "$OUT/tp_speed.json"
             ;;
-        variants) part variants 200 python3 benchmarks/gpu_variants.py --output "$OUT/variants.json" ;;
+        variants) part "variants${ROWS:-}" 240 python3 benchmarks/gpu_variants.py --rows "${ROWS:-1,8,64,256}" --output "$OUT/variants${ROWS:-}.json" ;;
         kernels) part kernels 200 python3 benchmarks/gpu_kernels.py linear decode ;;
         *) echo "no part $name: setup, attention, tests, model, serve, steps, variants, kernels, tp" ;;
         esac

@@ -59,8 +59,7 @@ class PartsLinear:
     def gated(self, x: Tensor) -> Tensor:
         """`silu(gate) * up` of a gate and up weight, in x's dtype."""
         if len(x) <= MAX_ROWS and self.bias is None:
-            plan = choose_gated(len(x), len(self.weight) // 2, x.shape[1], self.num_sms)
-            return skinny_gated(x, self.weight, plan)
+            return skinny_gated(x, self.weight, choose_gated(*x.shape))
         return silu_and_mul(self(x), x.dtype)
 
 
