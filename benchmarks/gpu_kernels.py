@@ -187,7 +187,7 @@ class DecodeCase:
                 out=out,
             )
 
-        chosen = DecodePlan.choose(self.rows, self.kv_heads, num_multiprocessors(DEVICE))
+        chosen = DecodePlan.choose(self.rows, self.kv_heads, num_multiprocessors(DEVICE), self.context)
         times: dict[object, float] = {}
         for plan in {chosen, *self._plans()}:
             times[plan] = time_us([partial(ours, cache, plan) for cache in pool.unbind(1)])

@@ -203,6 +203,8 @@ def main() -> None:
             "max_batch_size": 256,
             "max_num_tokens": 8192,
             "enable_iter_perf_stats": arguments.iterations,
+            # What is found in the cache is not computed, and the rest then by other kernels that round otherwise.
+            "kv_cache_config": {"enable_block_reuse": False},
         }
         with server(folder, arguments.shape, options) as url:
             asyncio.run(run(arguments, url, folder))

@@ -16,13 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from diptych.kernels.attention_tile_triton import LOG2E, places_of, take_tile
-from diptych.kernels.dependent_launch_triton import fetch, follow
+from diptych.kernels.dependent_launch_triton import follow
 from diptych.kernels.gpu import chained
 from diptych.kernels.rope_triton import HeadInputs, head_values, turned
 
 _MIN_GROUP = 16  # the least rows of the matrix unit
-_MAX_SHARES = 32
-_LINE = tl.constexpr(32)  # numbers
+_SHARE_TOKENS = 1024  # of a share of the longest context, where there are enough programs without
 
 
 @triton.jit
@@ -33,18 +32,6 @@ def _shares(position, WINDOW: tl.constexpr, SHARES: tl.constexpr, TILE: tl.const
         begin = tl.maximum(0, position + 1 - WINDOW) // TILE * TILE
     length = tl.maximum(tl.cdiv(tl.cdiv(position - begin, TILE), SHARES), 1) * TILE
     return begin, length, tl.maximum(tl.cdiv(position - begin, length), 1)
-
-
-@triton.jit
-def _fetch_tokens(head, table, start, stop, block_stride, kv_stride, DIM, BLOCK_TOKENS, AHEAD: tl.constexpr):
-    """The first tokens' keys and values are on their way while the query is made."""
-    tokens = start + tl.arange(0, AHEAD)
-    inside = tokens < stop
-    block = tl.load(table + tokens // BLOCK_TOKENS, mask=inside, other=0).to(tl.int64)
-    places = tl.where(inside, block * block_stride + (tokens % BLOCK_TOKENS) * DIM, 0)
-    lines = places[:, None] + (tl.arange(0, DIM // _LINE) * _LINE)[None, :]
-    fetch(head + lines)
-    fetch(head + kv_stride + lines)
 
 
 @triton.jit
@@ -75,7 +62,7 @@ def _decode(
     num_heads: tl.constexpr, num_kv_heads: tl.constexpr, GROUP: tl.constexpr, GROUP_LANES: tl.constexpr,
     DIM: tl.constexpr, LANES: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr,
     SPLITS: tl.constexpr, SHARES: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
-    AHEAD: tl.constexpr, PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     follow(PDL)
     kv_head = tl.program_id(0)
@@ -96,8 +83,6 @@ def _decode(
         head = cache + kv_head * head_stride
         start = begin + share * length
         stop = tl.minimum(start + length, position)
-        if PDL and AHEAD > 0:
-            _fetch_tokens(head, table, start, stop, block_stride, kv_stride, DIM, BLOCK_TOKENS, AHEAD)
         line = row * (num_heads + 2 * num_kv_heads) * DIM
         query = turned(
             parts, bias, q_norm, k_norm, cos, sin, line, position, kv_head * GROUP + group, dims, True, True, mine,
@@ -168,13 +153,21 @@ class DecodePlan:
         3  # a look-up in the table within a tile takes two of them: from 5 on, two tiles are on their way
     )
     num_warps: int = 4
-    ahead: int = 64  # tokens that a program asks for before it makes its query; 0: none
 
     @classmethod
-    def choose(cls, num_rows: int, num_kv_heads: int, num_sms: int) -> "DecodePlan":
-        """What was fastest on an H200 with 8 kv heads of 128, for 1, 8, 64 and 256 rows."""
-        wanted = triton.cdiv(7 * num_sms, 2 * num_rows * num_kv_heads)
-        return cls(min(_MAX_SHARES, triton.next_power_of_2(wanted)))
+    def choose(cls, num_rows: int, num_kv_heads: int, num_sms: int, max_tokens: int) -> "DecodePlan":
+        """What was fastest on an H200 with 8 kv heads of 128, for 1, 8, 64 and 256 rows, and contexts of 256 to 1088.
+
+        `max_tokens`: of any context. A wide join costs short ones 4 us: eight shares, unless contexts can be long.
+        """
+        programs = num_rows * num_kv_heads
+        most = min(32, max(8, triton.next_power_of_2(max_tokens // _SHARE_TOKENS)))
+        shares = min(most, triton.next_power_of_2(triton.cdiv(7 * num_sms, 2 * programs)))
+        if 4 * programs <= num_sms:
+            return cls(shares, tile=32, num_warps=2)
+        if shares > 1:
+            return cls(shares, tile=128)
+        return cls(1, tile=64, num_warps=2) if programs < 8 * num_sms else cls(1, tile=32, num_warps=1)
 
 
 def decode_attention(
@@ -209,7 +202,7 @@ def decode_attention(
         parts.stride(0), tables.stride(0), *cache.stride()[:3], layout.eps, scale,
         GROUP=group, GROUP_LANES=max(_MIN_GROUP, triton.next_power_of_2(group)),
         BLOCK_TOKENS=cache.shape[3], TILE=plan.tile, SPLITS=splits, SHARES=plan.shares,
-        WINDOW=window or 0, STAGES=plan.stages, AHEAD=plan.ahead,
+        WINDOW=window or 0, STAGES=plan.stages,
         PRECISION="ieee" if out.dtype == torch.float32 else "tf32",
         num_warps=plan.num_warps, **inputs.constants(), **chained(out.device),
     )  # fmt: skip

@@ -96,19 +96,19 @@ class SkinnyPlan:
 def choose(num_rows: int, outputs: int, inputs: int, num_sms: int) -> SkinnyPlan:
     """What was fastest on an H200, for outputs of 576 to 128256 and inputs of 576 to 14336."""
     if num_rows == 1:
-        return SkinnyPlan(8, 1024 if inputs >= 2048 else 256)
+        return SkinnyPlan(8, 1024 if inputs >= 2048 else 256, stages=3, ahead=0)
     block_k = 128 if inputs >= 2048 else 64
     splits = 1
     while splits < 8 and -(-outputs // 64) * splits < 1.4 * num_sms and inputs >= 2 * splits * block_k:
         splits *= 2
-    return SkinnyPlan(64, block_k, splits)
+    return SkinnyPlan(64, block_k, splits, ahead=0)
 
 
 def choose_gated(num_rows: int, inputs: int) -> SkinnyPlan:
     """For a gate and up weight, whose product must not be split."""
     if num_rows == 1:
-        return SkinnyPlan(4, 1024 if inputs >= 2048 else 256)
-    return SkinnyPlan(32, 64)
+        return SkinnyPlan(4, 1024 if inputs >= 2048 else 256, stages=3, ahead=0)
+    return SkinnyPlan(32, 64, ahead=0)
 
 
 def skinny_linear(x: Tensor, weight: Tensor, plan: SkinnyPlan) -> Tensor:

@@ -45,7 +45,9 @@ class Decode:
             tables=self._state.tables,
             scale=config.head_dim**-0.5,
             window=config.sliding_window,
-            plan=DecodePlan.choose(len(positions), inputs.layout.num_kv_heads, self._num_sms),
+            plan=DecodePlan.choose(
+                len(positions), inputs.layout.num_kv_heads, self._num_sms, config.max_position_embeddings
+            ),
             arrivals=self._arrivals,
             out=out,
         )

@@ -192,7 +192,7 @@ class Heads:
 @pytest.mark.parametrize("dtype", DOT_DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("window", [None, 1, 50])
-@pytest.mark.parametrize(("shares", "tile"), [(1, 64), (4, 16), (2, 128)])
+@pytest.mark.parametrize(("shares", "tile"), [(1, 32), (4, 16), (2, 128)])
 def test_decode_attention(dtype, shape, window, shares, tile):
     from diptych.kernels.decode_attention_triton import DecodePlan, decode_attention
 
@@ -234,13 +234,20 @@ def test_decode_attention(dtype, shape, window, shares, tile):
 
 
 @pytest.mark.parametrize(
-    ("rows", "plan"),
-    [(1, (32, 64)), (4, (16, 64)), (8, (8, 64)), (16, (4, 64)), (64, (1, 64)), (256, (1, 64))],
+    ("rows", "max_tokens", "plan"),
+    [
+        (1, 8192, (8, 32)),
+        (1, 131072, (32, 32)),
+        (8, 8192, (8, 128)),
+        (16, 8192, (4, 128)),
+        (64, 8192, (1, 64)),
+        (256, 131072, (1, 32)),
+    ],
 )
-def test_shares_of_a_batch(rows, plan):
+def test_shares_of_a_batch(rows, max_tokens, plan):
     from diptych.kernels.decode_attention_triton import DecodePlan
 
-    chosen = DecodePlan.choose(rows, num_kv_heads=8, num_sms=132)
+    chosen = DecodePlan.choose(rows, num_kv_heads=8, num_sms=132, max_tokens=max_tokens)
     assert (chosen.shares, chosen.tile) == plan
 
 
