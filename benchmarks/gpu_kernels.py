@@ -22,7 +22,14 @@ from diptych.kernels import flashinfer_attention as flashinfer
 from diptych.kernels.decode_attention_triton import DecodePlan, decode_attention
 from diptych.kernels.gpu import num_multiprocessors
 from diptych.kernels.prefill_attention_triton import PrefillPlan, prefill_attention
-from diptych.kernels.skinny_linear_triton import SkinnyPlan, choose, skinny_linear
+from diptych.kernels.rope_triton import HeadInputs, HeadLayout
+from diptych.kernels.skinny_linear_triton import (
+    SkinnyPlan,
+    choose,
+    choose_gated,
+    skinny_gated,
+    skinny_linear,
+)
 
 DEVICE = torch.device("cuda", 0)
 BLOCK = 32
@@ -49,16 +56,16 @@ DECODES = (
 )
 # tile, stages, warps
 DECODE_FORMS = (
-    (32, 5, 4),
+    (16, 4, 1),
+    (32, 3, 1),
+    (32, 3, 2),
+    (32, 3, 4),
+    (32, 5, 2),
+    (64, 3, 2),
     (64, 3, 4),
-    (64, 5, 4),
-    (64, 5, 8),
-    (64, 7, 4),
     (128, 3, 4),
-    (128, 5, 4),
-    (128, 5, 8),
 )
-DECODE_SPLITS = {1: (4, 8, 16, 32), 8: (1, 2, 4, 8), 64: (1, 2, 4), 256: (1, 2)}
+DECODE_SHARES = {1: (8, 16), 8: (2, 4, 8), 64: (1, 2), 256: (1,)}
 
 
 def time_us(calls: list[Callable[[], object]]) -> float:
@@ -92,26 +99,47 @@ def report(
 
 def linear_plans(rows: int, inputs: int) -> Iterator[SkinnyPlan]:
     if rows == 1:
-        forms = itertools.product((4, 8, 16), (256, 512, 1024), (1, 2, 4), (4, 8))
+        forms = itertools.product((4, 8, 16), (512, 1024), (1, 2), (4,))
+    elif rows <= 16:
+        forms = itertools.product((32, 64), (64, 128), (1, 2, 4), (4,))
     else:
-        forms = itertools.product((16, 32, 64), (64, 128), (1, 2, 4, 8), (2, 4))
+        forms = itertools.chain(
+            itertools.product((64,), (64, 128), (1, 2, 4), (4,)),
+            itertools.product((128,), (64, 128), (1, 2, 4), (4, 8)),
+        )
     for block_n, block_k, splits, warps in forms:
-        if inputs >= splits * block_k // 2:
-            yield SkinnyPlan(block_n, block_k, splits, warps)
+        if inputs >= 2 * splits * block_k:
+            yield SkinnyPlan(block_n, block_k, splits, warps, ahead=0)
+
+
+def gated_plans(rows: int) -> Iterator[SkinnyPlan]:
+    one, few, more = (
+        ((2, 1024), (4, 512), (4, 1024)),
+        ((32, 128), (64, 64), (32, 64)),
+        ((64, 64), (32, 128), (64, 128)),
+    )
+    for block_n, block_k in one if rows == 1 else few if rows <= 16 else more:
+        for stages in (3, 4):
+            yield SkinnyPlan(block_n, block_k, stages=stages, ahead=0)
 
 
 def measure_linear() -> None:
+    sms = num_multiprocessors(DEVICE)
     for name, (outputs, inputs) in WEIGHTS.items():
         num_bytes = outputs * inputs * 2
         count = max(2, min(24, int(6e8 / num_bytes)))
         weights = [torch.randn(outputs, inputs, device=DEVICE).bfloat16() for _ in range(count)]
-        for rows in (1, 8):
+        for rows in (1, 8, 64):
             x = torch.randn(rows, inputs, device=DEVICE).bfloat16()
-            chosen = choose(rows, outputs, inputs, num_multiprocessors(DEVICE))
             times: dict[object, float] = {}
-            for plan in {chosen, *linear_plans(rows, inputs)}:
-                times[plan] = time_us([partial(skinny_linear, x, weight, plan) for weight in weights])
+            chosen = choose(rows, outputs, inputs, sms)
+            product, plans = skinny_linear, {chosen, *linear_plans(rows, inputs)}
+            if name.endswith("gate_up"):
+                chosen = choose_gated(rows, inputs)
+                product, plans = skinny_gated, {chosen, *gated_plans(rows)}
             cublas = time_us([partial(F.linear, x, weight) for weight in weights])
+            for plan in plans:
+                times[plan] = time_us([partial(product, x, weight, plan) for weight in weights])
             report(f"linear {name}, {rows} rows", num_bytes, chosen, times, {"cublas": cublas})
 
 
@@ -132,15 +160,22 @@ class DecodeCase:
         layers = max(2, min(16, int(2e9 / self.num_bytes)))
         shape = (self.rows * per_row, layers, 2, self.kv_heads, BLOCK, self.dim)
         pool = torch.empty(shape, device=DEVICE, dtype=torch.bfloat16).normal_()
-        query = torch.randn(self.rows, self.heads, self.dim, device=DEVICE).bfloat16()
+        layout = HeadLayout(self.heads, self.kv_heads, self.dim, 1e-5)
+        angles = torch.rand(2, self.context, self.dim // 2, device=DEVICE)
+        inputs = HeadInputs(layout, None, None, (angles[0].cos(), angles[1].sin()))
+        width = (self.heads + 2 * self.kv_heads) * self.dim
+        parts = torch.randn(1, self.rows, width, device=DEVICE).bfloat16()
         tables = torch.randperm(self.rows * per_row, device=DEVICE).int().view(self.rows, per_row)
         positions = torch.full((self.rows,), self.context - 1, dtype=torch.int32, device=DEVICE)
         slots = torch.arange(self.rows, dtype=torch.int32, device=DEVICE)
+        arrivals = torch.zeros(self.rows * self.kv_heads, dtype=torch.int32, device=DEVICE)
+        query = parts[0].view(self.rows, -1, self.dim)[:, : self.heads].contiguous()
         out = torch.empty_like(query)
 
         def ours(cache: Tensor, plan: DecodePlan) -> None:
             decode_attention(
-                query,
+                parts,
+                inputs,
                 cache,
                 positions=positions,
                 slots=slots,
@@ -148,19 +183,20 @@ class DecodeCase:
                 scale=self.dim**-0.5,
                 window=None,
                 plan=plan,
+                arrivals=arrivals,
                 out=out,
             )
 
-        chosen = DecodePlan.choose(self.rows, self.kv_heads, num_multiprocessors(DEVICE))
+        chosen = DecodePlan.choose(self.rows, self.kv_heads, num_multiprocessors(DEVICE), self.context)
         times: dict[object, float] = {}
         for plan in {chosen, *self._plans()}:
             times[plan] = time_us([partial(ours, cache, plan) for cache in pool.unbind(1)])
         report(str(self), self.num_bytes, chosen, times, self._flashinfer(query, pool, tables))
 
     def _plans(self) -> Iterator[DecodePlan]:
-        for splits, (tile, stages, warps) in itertools.product(DECODE_SPLITS[self.rows], DECODE_FORMS):
-            if splits == 1 or self.context // splits >= tile:
-                yield DecodePlan(splits, tile, stages, warps)
+        for shares, (tile, stages, warps) in itertools.product(DECODE_SHARES[self.rows], DECODE_FORMS):
+            if shares == 1 or self.context // shares >= tile:
+                yield DecodePlan(shares, tile, stages, warps)
 
     def _flashinfer(self, query: Tensor, pool: Tensor, tables: Tensor) -> dict[str, float]:
         if not flashinfer.is_installed():

@@ -8,12 +8,15 @@ Figures are medians; `spread` is the 10th and 90th percentile.
 """
 
 import argparse
+import dataclasses
+import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +78,9 @@ class Results:
             " ".join(f"{key}={round(v, 4) if isinstance(v, float) else v}" for key, v in case.items()),
             flush=True,
         )
+        if self.output is not None:
+            found = {name: value for name, value in dataclasses.asdict(self).items() if name != "output"}
+            self.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def percentiles(values: list[float]) -> tuple[float, list[float]]:
@@ -193,7 +199,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     results = Results(torch.cuda.get_device_name(), output=arguments.output)
-    results.versions = {"torch": torch.__version__, "python": platform.python_version()}
+    results.versions = {
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "python": platform.python_version(),
+    }
     torch.manual_seed(0)
     with torch.inference_mode():
         for name in arguments.shape or ["8b", "135m"]:

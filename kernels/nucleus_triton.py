@@ -15,8 +15,8 @@ from diptych.kernels.gpu import chained
 
 PIECE = 8192  # tokens of a row that one program looks at
 BLOCK = 1024
-_PROBES = tl.constexpr(16)  # thresholds of a round
-_ROUNDS = 8  # leave one float of the 2^30
+_PROBES = tl.constexpr(4)  # thresholds of a round: few, since each is a comparison of every logit
+_ROUNDS = 14  # leave one float of the 2^30
 _ABOVE_ONE = tl.constexpr(0x3F800001)
 _INF = tl.constexpr(float("inf"))
 # What a kernel does with the round before it.
@@ -45,18 +45,9 @@ def _thresholds(low, high):
 
 @triton.jit
 def _fold(
-    low,
-    high,
-    low_count,
-    high_count,
-    low_mass,
-    counts,
-    masses,
-    wanted,
-    num_pieces,
-    by_count: tl.constexpr,
-    PIECES: tl.constexpr,
-):
+    low, high, low_count, high_count, low_mass, counts, masses, wanted, num_pieces,
+    BY_COUNT: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
     """The bounds after a round: the last threshold that leaves enough, and the first that does not."""
     pieces = tl.arange(0, PIECES)[:, None]
     at = pieces * _PROBES + tl.arange(0, _PROBES)[None, :]
@@ -64,7 +55,7 @@ def _fold(
     count = tl.sum(tl.load(counts + at, mask=inside, other=0), 0)
     mass = tl.sum(tl.load(masses + at, mask=inside, other=0.0), 0)
     bits = _thresholds(low, high)
-    if by_count:
+    if BY_COUNT:
         enough = count >= wanted
     else:
         enough = mass >= wanted
@@ -76,32 +67,53 @@ def _fold(
     return new_low, new_high, new_low_count, new_high_count, new_low_mass
 
 
+@triton.jit
+def _last_round(
+    bounds, bound_masses, counts, masses, row, wanted, num_pieces,
+    BY_COUNT: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """Bounds, counts and mass after the round that wrote to `row`."""
+    state = bounds + row * 4
+    low = tl.load(state)
+    high = tl.load(state + 1)
+    low_count = tl.load(state + 2)
+    high_count = tl.load(state + 3)
+    low_mass = tl.load(bound_masses + row)
+    if _is_open(low, high, low_count, high_count):
+        part = row * num_pieces * _PROBES
+        low, high, low_count, high_count, low_mass = _fold(
+            low, high, low_count, high_count, low_mass, counts + part, masses + part, wanted, num_pieces,
+            BY_COUNT, PIECES,
+        )  # fmt: skip
+    return low, high, low_count, high_count, low_mass
+
+
+@triton.jit
+def _probe(
+    logits, counts, masses, row, piece, vocab, top, temperature, low, high,
+    PIECE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of one piece: how many tokens reach each threshold, and their mass."""
+    thresholds = _thresholds(low, high).to(tl.float32, bitcast=True)
+    count = tl.zeros([_PROBES], tl.int32)
+    mass = tl.zeros([_PROBES], tl.float64)
+    for start in range(0, PIECE, BLOCK):
+        columns = piece * PIECE + start + tl.arange(0, BLOCK)
+        found = exponentials(logits, row, columns, vocab, top, temperature)
+        above = (found[None, :] >= thresholds[:, None]) & (columns < vocab)[None, :]
+        count += tl.sum(above.to(tl.int32), 1)
+        mass += tl.sum(tl.where(above, found[None, :], 0.0), 1).to(tl.float64)
+    probes = tl.arange(0, _PROBES)
+    tl.store(counts + probes, count)
+    tl.store(masses + probes, mass)
+
+
 @triton.jit(do_not_specialize=["before", "after"])
 def _round(
-    logits,
-    highest,
-    slots,
-    temperatures,
-    top_ks,
-    top_ps,
-    min_ps,
-    totals,
-    bounds,
-    bound_masses,
-    counts,
-    masses,
-    wanted_masses,
-    floors,
-    before,
-    after,
-    vocab,
-    num_pieces,
-    MODE: tl.constexpr,
-    PIECES: tl.constexpr,
-    PIECE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    logits, highest, slots, temperatures, top_ks, top_ps, min_ps, totals,
+    bounds, bound_masses, counts, masses, wanted_masses, floors, before, after, vocab, num_pieces,
+    MODE: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """`before` and `after`: offsets in rows of the last round's results and of this one's."""
     follow(PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -114,38 +126,30 @@ def _round(
     drawn = (slot >= 0) & (temperature > 0)
     has_k = drawn & (top_k > 0) & (top_k < vocab)
     has_p = drawn & (top_p < 1.0)
-    counting: tl.constexpr = MODE == _BEGIN or MODE == _COUNTS
-    searches = has_k if counting else has_p
+    searches = has_k if MODE == _BEGIN or MODE == _COUNTS else has_p
+    folds_counts: tl.constexpr = MODE == _COUNTS or MODE == _SWITCH
     if drawn:
         all_pieces = tl.arange(0, PIECES)
+        sums = tl.load(totals + row * num_pieces + all_pieces, mask=all_pieces < num_pieces, other=0.0)
         low = 0
         high = _ABOVE_ONE
         low_count = vocab
         high_count = 0
-        sums = tl.load(totals + row * num_pieces + all_pieces, mask=all_pieces < num_pieces, other=0.0)
         low_mass = tl.sum(sums, 0)
         if MODE != _BEGIN:
-            folds = has_k if (MODE == _COUNTS or MODE == _SWITCH) else has_p
-            if folds:
-                state = bounds + (before + row) * 4
-                low = tl.load(state)
-                high = tl.load(state + 1)
-                low_count = tl.load(state + 2)
-                high_count = tl.load(state + 3)
-                low_mass = tl.load(bound_masses + before + row)
-                if _is_open(low, high, low_count, high_count):
-                    part = (before + row) * num_pieces * _PROBES
-                    if MODE == _COUNTS or MODE == _SWITCH:
-                        low, high, low_count, high_count, low_mass = _fold(
-                            low, high, low_count, high_count, low_mass,
-                            counts + part, masses + part, top_k, num_pieces, True, PIECES,
-                        )  # fmt: skip
-                    else:
-                        wanted = tl.load(wanted_masses + row)
-                        low, high, low_count, high_count, low_mass = _fold(
-                            low, high, low_count, high_count, low_mass,
-                            counts + part, masses + part, wanted, num_pieces, False, PIECES,
-                        )  # fmt: skip
+            if has_k if folds_counts else has_p:
+                wanted = top_k if folds_counts else tl.load(wanted_masses + row)
+                low, high, low_count, high_count, low_mass = _last_round(
+                    bounds,
+                    bound_masses,
+                    counts,
+                    masses,
+                    before + row,
+                    wanted,
+                    num_pieces,
+                    folds_counts,
+                    PIECES,
+                )
         if MODE == _SWITCH:
             least = tl.cast(low, tl.float32, bitcast=True)
             floor = tl.load(min_ps + at)
@@ -178,19 +182,12 @@ def _round(
                 tl.store(state + 3, high_count)
                 tl.store(bound_masses + after + row, low_mass)
             if _is_open(low, high, low_count, high_count):
-                thresholds = _thresholds(low, high).to(tl.float32, bitcast=True)
+                part = ((after + row) * num_pieces + piece) * _PROBES
                 top = tl.load(highest + row)
-                count = tl.zeros([_PROBES], tl.int32)
-                mass = tl.zeros([_PROBES], tl.float64)
-                for start in range(0, PIECE, BLOCK):
-                    columns = piece * PIECE + start + tl.arange(0, BLOCK)
-                    found = exponentials(logits, row, columns, vocab, top, temperature)
-                    above = (found[None, :] >= thresholds[:, None]) & (columns < vocab)[None, :]
-                    count += tl.sum(above.to(tl.int32), 1)
-                    mass += tl.sum(tl.where(above, found[None, :], 0.0), 1).to(tl.float64)
-                part = ((after + row) * num_pieces + piece) * _PROBES + tl.arange(0, _PROBES)
-                tl.store(counts + part, count)
-                tl.store(masses + part, mass)
+                _probe(
+                    logits, counts + part, masses + part, row, piece, vocab, top, temperature, low, high,
+                    PIECE, BLOCK,
+                )  # fmt: skip
 
 
 def find_floors(

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_LOG2E = tl.constexpr(1.4426950408889634)
+from diptych.kernels.attention_tile_triton import LOG2E, places_of, take_tile
+
 _ROWS = 64
 _TILE = 64
 
@@ -61,26 +62,17 @@ def _attend(
         begin = tl.maximum(0, first_position + 1 - WINDOW) // TILE * TILE
     end = first_position + count
     start = cache + (head // GROUP) * head_stride
-    factor = scale * _LOG2E
+    factor = scale * LOG2E
     for at in range(begin, end, TILE):
         tokens = at + tl.arange(0, TILE)
         inside = tokens < end
-        block = tl.load(table + tokens // BLOCK_TOKENS, mask=inside, other=0).to(tl.int64)
-        places = start + block * block_stride + (tokens % BLOCK_TOKENS) * DIM
-        k = tl.load(places[None, :] + dims[:, None], mask=inside[None, :], other=0.0)
-        scores = tl.dot(q, k, input_precision=PRECISION) * factor
+        places = places_of(start, table, tokens, inside, at, block_stride, DIM, BLOCK_TOKENS, TILE)
         visible = tokens[None, :] <= at_position[:, None]
         if WINDOW > 0:
             visible = visible & (tokens[None, :] > at_position[:, None] - WINDOW)
-        scores = tl.where(visible, scores, -float("inf"))
-        higher = tl.maximum(highest, tl.max(scores, 1))
-        base = tl.where(higher == -float("inf"), 0.0, higher)
-        kept = tl.exp2(highest - base)
-        weights = tl.exp2(scores - base[:, None])
-        v = tl.load(places[:, None] + kv_stride + dims[None, :], mask=inside[:, None], other=0.0)
-        total = total * kept[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
-        mass = mass * kept + tl.sum(weights, 1)
-        highest = higher
+        highest, mass, total = take_tile(
+            q, places, kv_stride, dims, inside, visible, factor, highest, mass, total, PRECISION
+        )
     total = total / tl.where(mass > 0, mass, 1.0)[:, None]
     tl.store(out + line[:, None] * DIM + dims[None, :], total, mask=here[:, None])
 

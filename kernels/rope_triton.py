@@ -1,4 +1,4 @@
-"""Triton kernel of rope.py with what surrounds it: sum of partial products, q/k norm, rotation, KV append.
+"""Triton kernels of rope.py with what surrounds it: sum of partial products, bias, q/k norm, rotation, KV append.
 
 One pass over the query, key and value rows of a step: the query comes out turned, key and value go straight into the
 paged cache. A row with a negative position is padding: nothing is appended for it.
@@ -14,6 +14,8 @@ from torch import Tensor
 from diptych.kernels.dependent_launch_triton import follow
 from diptych.kernels.gpu import chained
 
+_HEADS = 16  # of one program
+
 
 @dataclass(frozen=True, slots=True)
 class HeadLayout:
@@ -23,93 +25,110 @@ class HeadLayout:
     eps: float  # of the q and k norms
 
 
+@dataclass(frozen=True, slots=True)
+class HeadInputs:
+    """What makes heads of products `[S, T, (heads + 2 kv heads) * dim]`, partial sums: q before k before v."""
+
+    layout: HeadLayout
+    bias: Tensor | None  # [(heads + 2 kv heads) * dim]
+    norms: tuple[Tensor, Tensor] | None  # weights of the q and k norms, [dim] each
+    angles: tuple[Tensor, Tensor]  # cos and sin, [max positions, dim / 2] float32
+
+    def tensors(self, nothing: Tensor) -> tuple[Tensor, ...]:
+        """As the kernels take them; `nothing` stands for what there is not."""
+        norms = (nothing, nothing) if self.norms is None else self.norms
+        return nothing if self.bias is None else self.bias, *norms, *self.angles
+
+    def constants(self) -> dict[str, int | bool]:
+        layout = self.layout
+        return {
+            "num_heads": layout.num_heads,
+            "num_kv_heads": layout.num_kv_heads,
+            "DIM": layout.head_dim,
+            "LANES": triton.next_power_of_2(layout.head_dim),
+            "HAS_BIAS": self.bias is not None,
+            "HAS_NORM": self.norms is not None,
+        }
+
+
 @triton.jit
-def _half(parts, at, num_rows, width, lanes, inside, SPLITS: tl.constexpr):
-    total = tl.load(parts + at + lanes, mask=inside, other=0.0).to(tl.float32)
+def head_values(parts, bias, line, heads, dims, mask, split_stride, DIM, SPLITS: tl.constexpr, HAS_BIAS):
+    """`[N, lanes]` float32: the heads of one row, which begins at `line` of each of the parts."""
+    at = heads[:, None] * DIM + dims[None, :]
+    total = tl.load(parts + line + at, mask=mask, other=0.0).to(tl.float32)
     for split in tl.static_range(1, SPLITS):
-        shifted = at + split * tl.cast(num_rows, tl.int64) * width
-        total += tl.load(parts + shifted + lanes, mask=inside, other=0.0).to(tl.float32)
+        total += tl.load(parts + split * split_stride + line + at, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        total += tl.load(bias + at, mask=mask, other=0.0).to(tl.float32)
     return total
 
 
-# Not specialised: numbers of rows and blocks differ from step to step.
-@triton.jit(do_not_specialize=["num_rows", "table_stride"])
+@triton.jit
+def turned(
+    parts, bias, q_norm, k_norm, cos, sin, line, position, heads, dims, is_query, turns, mask, split_stride, eps,
+    DIM: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    """`head_values`, of which those that `turns` are normed, as queries or as keys, and turned by the position."""
+    half: tl.constexpr = DIM // 2
+    partners = tl.where(dims < half, dims + half, dims - half)
+    plain = head_values(parts, bias, line, heads, dims, mask, split_stride, DIM, SPLITS, HAS_BIAS)
+    other = head_values(parts, bias, line, heads, partners, mask, split_stride, DIM, SPLITS, HAS_BIAS)
+    found = plain
+    inside = dims < DIM
+    if HAS_NORM:
+        scale = tl.rsqrt(tl.sum(plain * plain, 1) / DIM + eps)[:, None]
+        found = plain * scale * _norm_weights(q_norm, k_norm, dims, inside, is_query)
+        other = other * scale * _norm_weights(q_norm, k_norm, partners, inside, is_query)
+    angle = position.to(tl.int64) * half + dims % half
+    c = tl.load(cos + angle, mask=inside, other=0.0)
+    s = tl.load(sin + angle, mask=inside, other=0.0)
+    found = found * c[None, :] + other * tl.where(dims < half, -s, s)[None, :]
+    return tl.where(turns, found, plain)
+
+
+@triton.jit
+def _norm_weights(q_norm, k_norm, dims, inside, is_query):
+    of_query = tl.load(q_norm + dims, mask=inside, other=0.0).to(tl.float32)
+    of_key = tl.load(k_norm + dims, mask=inside, other=0.0).to(tl.float32)
+    return tl.where(is_query, of_query[None, :], of_key[None, :])
+
+
+@triton.jit(do_not_specialize=["table_stride"])
 def _rope_append(
-    parts,
-    bias,
-    q_norm,
-    k_norm,
-    cos,
-    sin,
-    positions,
-    slots,
-    tables,
-    cache,
-    query,
-    num_rows,
-    table_stride,
-    block_stride,
-    kv_stride,
-    head_stride,
-    eps,
-    num_heads: tl.constexpr,
-    num_kv_heads: tl.constexpr,
-    HALF: tl.constexpr,
-    LANES: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    parts, bias, q_norm, k_norm, cos, sin, positions, slots, tables, cache, query,
+    split_stride, table_stride, block_stride, kv_stride, head_stride, eps,
+    num_heads: tl.constexpr, num_kv_heads: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, SPLITS: tl.constexpr, HEADS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     follow(PDL)
     row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    lanes = tl.arange(0, LANES)
-    inside = lanes < HALF
-    width = (num_heads + 2 * num_kv_heads) * 2 * HALF
-    at = row * width + head * 2 * HALF
-    low = _half(parts, at, num_rows, width, lanes, inside, SPLITS)
-    high = _half(parts, at + HALF, num_rows, width, lanes, inside, SPLITS)
-    if HAS_BIAS:
-        low += tl.load(bias + head * 2 * HALF + lanes, mask=inside, other=0.0).to(tl.float32)
-        high += tl.load(bias + head * 2 * HALF + HALF + lanes, mask=inside, other=0.0).to(tl.float32)
+    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    dims = tl.arange(0, LANES)
+    mask = (heads < num_heads + 2 * num_kv_heads)[:, None] & (dims < DIM)[None, :]
+    line = row * (num_heads + 2 * num_kv_heads) * DIM
     position = tl.load(positions + row)
-    if head < num_heads + num_kv_heads:
-        if HAS_NORM:
-            weight = q_norm if head < num_heads else k_norm
-            scale = tl.rsqrt((tl.sum(low * low, 0) + tl.sum(high * high, 0)) / (2 * HALF) + eps)
-            low = low * scale * tl.load(weight + lanes, mask=inside, other=0.0).to(tl.float32)
-            high = high * scale * tl.load(weight + HALF + lanes, mask=inside, other=0.0).to(tl.float32)
-        angle = tl.maximum(position, 0).to(tl.int64) * HALF + lanes
-        c = tl.load(cos + angle, mask=inside, other=0.0)
-        s = tl.load(sin + angle, mask=inside, other=0.0)
-        turned = low * c - high * s
-        high = high * c + low * s
-        low = turned
-    if head < num_heads:
-        to = query + (row * num_heads + head) * 2 * HALF + lanes
-        tl.store(to, low, mask=inside)
-        tl.store(to + HALF, high, mask=inside)
-    elif position >= 0:
+    is_query = (heads < num_heads)[:, None]
+    turns = (heads < num_heads + num_kv_heads)[:, None]
+    values = turned(
+        parts, bias, q_norm, k_norm, cos, sin, line, tl.maximum(position, 0), heads, dims, is_query, turns, mask,
+        split_stride, eps, DIM, SPLITS, HAS_BIAS, HAS_NORM,
+    )  # fmt: skip
+    to = query + (row * num_heads + heads)[:, None] * DIM + dims[None, :]
+    tl.store(to, values, mask=mask & is_query)
+    if position >= 0:
         slot = tl.load(slots + row).to(tl.int64)
         block = tl.load(tables + slot * table_stride + position // BLOCK_TOKENS).to(tl.int64)
-        which = head - num_heads
-        value = which // num_kv_heads
-        kv_head = which % num_kv_heads
-        to = cache + block * block_stride + value.to(tl.int64) * kv_stride + kv_head * head_stride
-        to += (position % BLOCK_TOKENS) * 2 * HALF + lanes
-        tl.store(to, low, mask=inside)
-        tl.store(to + HALF, high, mask=inside)
+        which = tl.maximum(heads - num_heads, 0)
+        at = block * block_stride + (which // num_kv_heads).to(tl.int64) * kv_stride
+        at += (which % num_kv_heads) * head_stride + (position % BLOCK_TOKENS) * DIM
+        tl.store(cache + at[:, None] + dims[None, :], values, mask=mask & (heads >= num_heads)[:, None])
 
 
 def rope_append(
     parts: Tensor,
-    layout: HeadLayout,
+    inputs: HeadInputs,
     *,
-    bias: Tensor | None,
-    norms: tuple[Tensor, Tensor] | None,
-    angles: tuple[Tensor, Tensor],
     positions: Tensor,
     slots: Tensor,
     tables: Tensor,
@@ -118,37 +137,16 @@ def rope_append(
     """`[S, T, (heads + 2 kv heads) * dim]` products to `[T, heads, dim]` turned queries; K and V into `cache`.
 
     `cache` is `[num_blocks, 2, kv heads, tokens per block, dim]` (strided); row r's block is
-    `tables[slots[r], positions[r] // tokens per block]`. `angles` are cos and sin, `[max positions, dim / 2]`
-    float32; `norms` the weights of the q and k norms, `[dim]` each. All integers are int32.
+    `tables[slots[r], positions[r] // tokens per block]`. All integers are int32; rows of `parts` are contiguous.
     """
     splits, rows, _ = parts.shape
-    heads, kv_heads, half = layout.num_heads, layout.num_kv_heads, layout.head_dim // 2
-    query = torch.empty(rows, heads, layout.head_dim, dtype=cache.dtype, device=cache.device)
-    q_norm, k_norm = norms or (query, query)
-    _rope_append[(rows, heads + 2 * kv_heads)](
-        parts,
-        query if bias is None else bias,
-        q_norm,
-        k_norm,
-        *angles,
-        positions,
-        slots,
-        tables,
-        cache,
-        query,
-        rows,
-        tables.stride(0),
-        *cache.stride()[:3],
-        layout.eps,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        HALF=half,
-        LANES=triton.next_power_of_2(half),
-        BLOCK_TOKENS=cache.shape[3],
-        SPLITS=splits,
-        HAS_BIAS=bias is not None,
-        HAS_NORM=norms is not None,
-        num_warps=1,
-        **chained(cache.device),
-    )
+    layout = inputs.layout
+    query = torch.empty(rows, layout.num_heads, layout.head_dim, dtype=cache.dtype, device=cache.device)
+    total = layout.num_heads + 2 * layout.num_kv_heads
+    _rope_append[(rows, triton.cdiv(total, _HEADS))](
+        parts, *inputs.tensors(query), positions, slots, tables, cache, query,
+        parts.stride(0), tables.stride(0), *cache.stride()[:3], layout.eps,
+        BLOCK_TOKENS=cache.shape[3], SPLITS=splits, HEADS=_HEADS, num_warps=4,
+        **inputs.constants(), **chained(cache.device),
+    )  # fmt: skip
     return query

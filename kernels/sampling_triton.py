@@ -20,13 +20,24 @@ _INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def _partial_top(logits, tops, ids, vocab, num_pieces, PIECE: tl.constexpr, PDL: tl.constexpr):
+def _partial_top(
+    logits, slots, positions, prompt_lengths, min_tokens, ends, tops, ids, vocab, num_pieces,
+    NUM_ENDS: tl.constexpr, PIECE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
     columns = piece * PIECE + tl.arange(0, PIECE)
     inside = columns < vocab
     values = tl.load(logits + row * vocab + columns, mask=inside, other=-_INF)
+    slot = tl.load(slots + row)
+    at = tl.maximum(slot, 0)
+    num_drawn = tl.load(positions + row) + 1 - tl.load(prompt_lengths + at)
+    if (slot >= 0) & (num_drawn < tl.load(min_tokens + at)):
+        for index in tl.static_range(NUM_ENDS):
+            is_end = columns == tl.load(ends + index)
+            values = tl.where(is_end, -_INF, values)
+            tl.store(logits + row * vocab + columns, values, mask=is_end & inside)
     # A number that is none wins, so that it shows.
     values = tl.where(values == values, values, _INF)
     top, index = tl.max(values, 0, return_indices=True)
@@ -46,22 +57,6 @@ def _join_top(tops, ids, highest, drawn, num_pieces, PIECES: tl.constexpr, PDL: 
     finite = (top < _INF) & (top > -_INF)
     tl.store(highest + row, top)
     tl.store(drawn + row, tl.where(finite, token, -1))
-
-
-def draw_greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Of `[T, vocab]` float32: the likeliest token `[T]` int32, -1 where logits are not finite, and its logit."""
-    rows, vocab = logits.shape
-    pieces = triton.cdiv(vocab, PIECE)
-    tops = torch.empty(rows, pieces, dtype=torch.float32, device=logits.device)
-    ids = torch.empty(rows, pieces, dtype=torch.int32, device=logits.device)
-    highest = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    drawn = torch.empty(rows, dtype=torch.int32, device=logits.device)
-    chain = chained(logits.device)
-    _partial_top[(rows, pieces)](logits, tops, ids, vocab, pieces, PIECE=PIECE, num_warps=8, **chain)
-    _join_top[(rows,)](
-        tops, ids, highest, drawn, pieces, PIECES=triton.next_power_of_2(pieces), num_warps=1, **chain
-    )
-    return drawn, highest
 
 
 @triton.jit
@@ -172,8 +167,35 @@ class DrawParameters:
     top_p: Tensor
     min_p: Tensor
     prompt_lengths: Tensor
+    min_tokens: Tensor  # so many before one of `ends` may be drawn
     seed_low: Tensor
     seed_high: Tensor
+    ends: Tensor  # [any number] ids that end a sequence
+
+
+def draw_greedy(
+    logits: Tensor, slots: Tensor, positions: Tensor, parameters: DrawParameters
+) -> tuple[Tensor, Tensor]:
+    """Of `[T, vocab]` float32: the likeliest token `[T]` int32, -1 where logits are not finite, and its logit.
+
+    `positions` are those of the rows' last known tokens; a sequence's draws count from the end of its prompt. What
+    may not be drawn yet is minus infinity in `logits` afterwards.
+    """
+    rows, vocab = logits.shape
+    pieces = triton.cdiv(vocab, PIECE)
+    tops = torch.empty(rows, pieces, dtype=torch.float32, device=logits.device)
+    ids = torch.empty(rows, pieces, dtype=torch.int32, device=logits.device)
+    highest = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    drawn = torch.empty(rows, dtype=torch.int32, device=logits.device)
+    p, chain = parameters, chained(logits.device)
+    _partial_top[(rows, pieces)](
+        logits, slots, positions, p.prompt_lengths, p.min_tokens, p.ends, tops, ids, vocab, pieces,
+        NUM_ENDS=len(p.ends), PIECE=PIECE, num_warps=8, **chain,
+    )  # fmt: skip
+    _join_top[(rows,)](
+        tops, ids, highest, drawn, pieces, PIECES=triton.next_power_of_2(pieces), num_warps=1, **chain
+    )
+    return drawn, highest
 
 
 def draw_sampled(

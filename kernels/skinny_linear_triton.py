@@ -2,7 +2,7 @@
 
 cuBLAS leaves a quarter of the bandwidth unused for the smaller weights of a decode step. Here each program takes some
 outputs and a share of the inputs (split-K); the shares' sums stay apart, `[S, T, outputs]` float32, and the kernel
-that reads the result anyway adds them up.
+that reads the result anyway adds them up. Of a gate and up weight the product can come out gated.
 """
 
 from dataclasses import dataclass
@@ -12,11 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diptych.kernels.dependent_launch_triton import follow
+from diptych.kernels.dependent_launch_triton import fetch, follow
 from diptych.kernels.gpu import chained
 
 MAX_ROWS = 16
-_DOT_ROWS = tl.constexpr(16)  # the least that the matrix unit takes
+_DOT_ROWS = 16  # the least that the matrix unit takes
+_LINE = tl.constexpr(64)  # numbers of two bytes in a line of the cache
 
 
 @triton.jit
@@ -29,69 +30,53 @@ def _weight_tile(line, columns, rows, end, outputs, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _vector(
-    x,
-    weight,
-    out,
-    inputs,
-    outputs,
-    share,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """One row: no matrix unit, 16-byte loads of the weight and one sum at the end."""
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(1)
-    start = split * share
-    end = tl.minimum(start + share, inputs)
-    lanes = tl.arange(0, BLOCK_K)
-    line = weight + rows.to(tl.int64)[:, None] * inputs
-    # The first piece of the weight is on its way before the kernel that makes `x` is over.
-    tile = _weight_tile(line, start + lanes, rows, end, outputs, EVEN)
-    follow(PDL)
-    values = tl.load(x + start + lanes, mask=start + lanes < end, other=0.0)
-    total = tile.to(tl.float32) * values.to(tl.float32)[None, :]
-    for at in tl.range(start + BLOCK_K, end, BLOCK_K, num_stages=4):
-        columns = at + lanes
-        tile = _weight_tile(line, columns, rows, end, outputs, EVEN)
-        values = tl.load(x + columns, mask=columns < end, other=0.0)
+def _added(total, tile, values, TOKENS: tl.constexpr):
+    """One row needs no matrix unit, and one sum at the end."""
+    if TOKENS == 1:
         total += tile.to(tl.float32) * values.to(tl.float32)[None, :]
-    to = out + split.to(tl.int64) * outputs + rows
-    tl.store(to, tl.sum(total, 1), mask=rows < outputs)
+    else:
+        total = tl.dot(tile, values, total)
+    return total
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _few(
-    x,
-    weight,
-    out,
-    num_rows,
-    inputs,
-    outputs,
-    share,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Up to 16 rows, as the narrow side of a matrix product."""
+def _product(
+    x, weight, out, num_rows, inputs, outputs, share,
+    TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
+    STAGES: tl.constexpr, EVEN: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     start = split * share
     end = tl.minimum(start + share, inputs)
-    lanes = tl.arange(0, BLOCK_K)
-    tokens = tl.arange(0, _DOT_ROWS)
     line = weight + rows.to(tl.int64)[:, None] * inputs
+    upper = line + tl.cast(outputs, tl.int64) * inputs
+    if PDL and EVEN and AHEAD > 0:
+        # The weight, which nobody writes, is on its way before the kernel that makes `x` is over.
+        ahead = start + tl.arange(0, AHEAD // _LINE) * _LINE
+        fetch(line + ahead[None, :])
+        if GATED:
+            fetch(upper + ahead[None, :])
     follow(PDL)
-    total = tl.zeros([BLOCK_N, _DOT_ROWS], tl.float32)
-    for at in tl.range(start, end, BLOCK_K, num_stages=4):
+    tokens = tl.arange(0, TOKENS)
+    lanes = tl.arange(0, BLOCK_K)
+    total = tl.zeros([BLOCK_N, BLOCK_K if TOKENS == 1 else TOKENS], tl.float32)
+    above = tl.zeros([BLOCK_N, BLOCK_K if TOKENS == 1 else TOKENS], tl.float32)
+    for at in tl.range(start, end, BLOCK_K, num_stages=STAGES):
         columns = at + lanes
-        tile = _weight_tile(line, columns, rows, end, outputs, EVEN)
-        here = (tokens < num_rows)[None, :] & (columns < end)[:, None]
-        values = tl.load(x + tokens[None, :] * inputs + columns[:, None], mask=here, other=0.0)
-        total = tl.dot(tile, values, total)
+        if TOKENS == 1:
+            values = tl.load(x + columns, mask=columns < end, other=0.0)
+        else:
+            here = (tokens < num_rows)[None, :] & (columns < end)[:, None]
+            values = tl.load(x + tokens[None, :] * inputs + columns[:, None], mask=here, other=0.0)
+        total = _added(total, _weight_tile(line, columns, rows, end, outputs, EVEN), values, TOKENS)
+        if GATED:
+            above = _added(above, _weight_tile(upper, columns, rows, end, outputs, EVEN), values, TOKENS)
+    if TOKENS == 1:
+        total = tl.sum(total, 1)[:, None]
+        above = tl.sum(above, 1)[:, None]
+    if GATED:
+        total = total * tl.sigmoid(total) * above
     to = out + (split * num_rows + tokens)[None, :].to(tl.int64) * outputs + rows[:, None]
     tl.store(to, total, mask=(tokens < num_rows)[None, :] & (rows < outputs)[:, None])
 
@@ -102,35 +87,56 @@ class SkinnyPlan:
 
     block_n: int
     block_k: int
-    splits: int
-    num_warps: int
+    splits: int = 1
+    num_warps: int = 4
+    stages: int = 4
+    ahead: int = 1024  # columns of its rows that a program asks for before it waits; 0: none
 
 
 def choose(num_rows: int, outputs: int, inputs: int, num_sms: int) -> SkinnyPlan:
     """What was fastest on an H200, for outputs of 576 to 128256 and inputs of 576 to 14336."""
     if num_rows == 1:
-        block_k = 256 if inputs <= 4096 and outputs <= 8192 else 512
-        splits = 2 if outputs // 8 < 2 * num_sms and inputs >= 512 else 1
-        return SkinnyPlan(8, block_k, splits, 4)
+        return SkinnyPlan(8, 1024 if inputs >= 2048 else 256, stages=3, ahead=0)
     block_k = 128 if inputs >= 2048 else 64
     splits = 1
     while splits < 8 and -(-outputs // 64) * splits < 1.4 * num_sms and inputs >= 2 * splits * block_k:
         splits *= 2
-    return SkinnyPlan(64, block_k, splits, 4)
+    return SkinnyPlan(64, block_k, splits, ahead=0)
+
+
+def choose_gated(num_rows: int, inputs: int) -> SkinnyPlan:
+    """For a gate and up weight, whose product must not be split."""
+    if num_rows == 1:
+        return SkinnyPlan(4, 1024 if inputs >= 2048 else 256, stages=3, ahead=0)
+    return SkinnyPlan(32, 64, ahead=0)
 
 
 def skinny_linear(x: Tensor, weight: Tensor, plan: SkinnyPlan) -> Tensor:
-    """`x @ weight.T` of `[T, inputs]`, T at most 16, and `[outputs, inputs]`, as `[splits, T, outputs]` float32."""
-    rows, inputs = x.shape
+    """`x @ weight.T` of `[T, inputs]`, T at most 64, and `[outputs, inputs]`, as `[splits, T, outputs]` float32."""
     outputs = weight.shape[0]
-    out = torch.empty(plan.splits, rows, outputs, dtype=torch.float32, device=x.device)
-    share = triton.cdiv(triton.cdiv(inputs, plan.splits), plan.block_k) * plan.block_k
-    grid = (triton.cdiv(outputs, plan.block_n), plan.splits)
-    even = outputs % plan.block_n == 0 and inputs % (plan.splits * plan.block_k) == 0
-    blocks = {"BLOCK_N": plan.block_n, "BLOCK_K": plan.block_k, "EVEN": even, "num_warps": plan.num_warps}
-    blocks |= chained(x.device)
-    if rows == 1:
-        _vector[grid](x, weight, out, inputs, outputs, share, **blocks)
-    else:
-        _few[grid](x, weight, out, rows, inputs, outputs, share, **blocks)
+    out = torch.empty(plan.splits, len(x), outputs, dtype=torch.float32, device=x.device)
+    _launch(x, weight, out, outputs, plan)
     return out
+
+
+def skinny_gated(x: Tensor, weight: Tensor, plan: SkinnyPlan) -> Tensor:
+    """`silu(gate) * up` [T, inner] of x's dtype, of `x @ weight.T` with `[2 * inner, inputs]`, gate half first."""
+    inner = weight.shape[0] // 2
+    out = torch.empty(len(x), inner, dtype=x.dtype, device=x.device)
+    _launch(x, weight, out, inner, plan, gated=True)
+    return out
+
+
+def _launch(
+    x: Tensor, weight: Tensor, out: Tensor, outputs: int, plan: SkinnyPlan, *, gated: bool = False
+) -> None:
+    rows, inputs = x.shape
+    share = triton.cdiv(triton.cdiv(inputs, plan.splits), plan.block_k) * plan.block_k
+    even = outputs % plan.block_n == 0 and inputs % (plan.splits * plan.block_k) == 0
+    _product[(triton.cdiv(outputs, plan.block_n), plan.splits)](
+        x, weight, out, rows, inputs, outputs, share,
+        TOKENS=1 if rows == 1 else max(_DOT_ROWS, triton.next_power_of_2(rows)),
+        BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, STAGES=plan.stages, EVEN=even, GATED=gated,
+        AHEAD=plan.ahead if plan.ahead <= share else 0,
+        num_warps=plan.num_warps, **chained(x.device),
+    )  # fmt: skip

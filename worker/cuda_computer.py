@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from diptych.kernels.flashinfer_attention import AttentionShape
+from diptych.kernels.skinny_linear_triton import MAX_ROWS
 from diptych.kv_layout import DType, Inner
 from diptych.wire import SamplingParams, Submit
 from diptych.worker.collectives import ALONE, Collectives
@@ -27,7 +28,8 @@ log = logging.getLogger(__name__)
 _MAX_GRAPH_ROWS = 512  # above, launches take little of a step
 _HEAD_DIMS = (32, 64, 128, 256)
 _SPARE_BYTES = 1 << 30  # compiled kernels, graphs, and what the allocator loses in pieces
-_WARM_UP_CHUNKS = 2
+_WARM_UP_DECODES = 32  # from here on, decode attention has one plan
+_WARM_UP_PROMPT = 2 * MAX_ROWS  # more rows than the products of few rows take
 _LOGITS_COPIES = 4  # of a step's logits, for rows that the host draws
 
 
@@ -90,7 +92,7 @@ class CudaComputer:
     def start(self, pool: Tensor, max_seq_len: int, progress: Progress) -> CudaRunner:
         settings = self._settings
         max_blocks = -(-max_seq_len // settings.tokens_per_block)
-        state = DeviceState(max(settings.max_batch_size, _WARM_UP_CHUNKS), max_blocks, self._device)
+        state = DeviceState(settings.max_batch_size, max_blocks, self._device)
         graphs = DecodeGraphs(self._network, state, pool, graph_sizes(self._graph_rows))
         started = time.monotonic()
         graphs.capture(lambda fraction: progress("capturing decode graphs", fraction))
@@ -101,7 +103,7 @@ class CudaComputer:
         sampler = Sampler(frozenset(self._config.eos_token_ids))
         runner = CudaRunner(self._network, pool, state, self._prefill, graphs, sampler)
         progress(f"preparing attention ({self._prefill.name}; the first time takes minutes)", 0.0)
-        _warm_up(runner)
+        _warm_up(runner, settings, max_seq_len)
         return runner
 
     def _attention_shape(self) -> AttentionShape:
@@ -127,9 +129,7 @@ class CudaComputer:
         rows = Rows(
             token_ids=zeros,
             positions=zeros,
-            slots=zeros,
-            tables=torch.zeros(1, 1, dtype=torch.int32, device=device),
-            attend=lambda query, cache: torch.zeros_like(query),
+            attend=lambda parts, inputs, cache: cache.new_zeros(num_rows, config.num_heads, config.head_dim),
             logits_rows=torch.zeros(num_logits, dtype=torch.int64, device=device),
         )
         torch.cuda.synchronize(device)
@@ -140,13 +140,21 @@ class CudaComputer:
         return torch.cuda.max_memory_allocated(device) - before
 
 
-def _warm_up(runner: CudaRunner) -> None:
-    """A decode, then a prompt beside it: compiles what the graphs have not."""
-    chunks = []
-    for count in range(1, _WARM_UP_CHUNKS + 1):
-        params = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.5)
-        submit = Submit(request_id=f"warm-up-{count}", prompt_token_ids=[0] * count, params=params)
-        sequence = Sequence(submit, 0.0)
-        sequence.blocks = [0]  # of the pool, which nobody uses yet
-        chunks.append(Chunk(sequence, 0, count, draws=True))
-    runner.collect(runner.launch(StepPlan(chunks)))
+def _warm_up(runner: CudaRunner, settings: EngineSettings, max_seq_len: int) -> None:
+    """Prompts, short and long, beside numbers of decodes with a plan each: compiles what the graphs have not."""
+    counts = [2**power for power in range(_WARM_UP_DECODES.bit_length())]
+    for count in [count for count in counts if count < settings.max_batch_size] or [0]:
+        for length in (2, min(_WARM_UP_PROMPT, max_seq_len)):
+            lengths = [1] * count + [length]
+            chunks = [
+                _warm_up_chunk(row, length, settings.tokens_per_block) for row, length in enumerate(lengths)
+            ]
+            runner.collect(runner.launch(StepPlan(chunks)))
+
+
+def _warm_up_chunk(row: int, length: int, tokens_per_block: int) -> Chunk:
+    params = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.5)
+    submit = Submit(request_id=f"warm-up-{row}", prompt_token_ids=[0] * length, params=params)
+    sequence = Sequence(submit, 0.0)
+    sequence.blocks = [0] * -(-length // tokens_per_block)  # of the pool, which nobody uses yet
+    return Chunk(sequence, 0, length, draws=True)

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from diptych.kernels.batch_state_triton import advance_rows, fill_tokens
-from diptych.kernels.decode_attention_triton import DecodePlan, decode_attention
-from diptych.kernels.gpu import num_multiprocessors
-from diptych.kernels.sampling_triton import DrawParameters, draw_greedy, draw_sampled
+from diptych.kernels.rope_triton import HeadInputs, rope_append
+from diptych.worker.decode import Decode, Draw
 from diptych.worker.device_state import DeviceState, Int32s, Staging
 from diptych.worker.graphs import DecodeGraphs
 from diptych.worker.models.cuda_network import CudaNetwork, Rows
@@ -23,7 +22,7 @@ from diptych.worker.plan import Chunk, Drawn, StepPlan
 from diptych.worker.prefill import Prefill
 from diptych.worker.runner import tell_prompt
 from diptych.worker.sampler import Row, Sampler
-from diptych.worker.slots import SlotMap
+from diptych.worker.slots import SlotMap, host_draws
 
 _UNREAD = -1  # a token that only the device knows
 
@@ -62,12 +61,10 @@ class CudaRunner:
         self._sampler = sampler
         self._slots = SlotMap(state)
         self._staging = Staging(state.device)
-        self._num_sms = num_multiprocessors(state.device)
+        self._decode = Decode(network.config, state)
         on_gpu = state.device.type == "cuda"
         self._host = [torch.empty(state.num_slots, dtype=torch.int32, pin_memory=on_gpu) for _ in range(2)]
-        self._parameters = DrawParameters(
-            **{name: state.field(name) for name in DrawParameters.__dataclass_fields__}
-        )
+        self._draw = Draw(state, network.config.eos_token_ids)
 
     def needs_tokens(self, plan: StepPlan) -> bool:
         """Whether the host must know all tokens so far before the plan can be launched."""
@@ -123,15 +120,32 @@ class CudaRunner:
         if rest:
             self._prefill.plan(rest, step.slots[single:], self._state.tables)
 
-        def attend(query: Tensor, cache: Tensor) -> Tensor:
-            out = torch.empty_like(query)
+        def attend(parts: Tensor, inputs: HeadInputs, cache: Tensor) -> Tensor:
+            layout = inputs.layout
+            out = cache.new_empty(len(step.slots), layout.num_heads, layout.head_dim)
             if single:
-                self._decode(query[:single], cache, step, out[:single])
+                first = slice(None, single)
+                self._decode.run(
+                    parts[:, first],
+                    inputs,
+                    cache,
+                    positions=step.positions[first],
+                    slots=step.slots[first],
+                    out=out[first],
+                )
             if rest:
-                self._prefill.run(query[single:], cache, out[single:])
+                query = rope_append(
+                    parts[:, single:],
+                    inputs,
+                    positions=step.positions[single:],
+                    slots=step.slots[single:],
+                    tables=self._state.tables,
+                    cache=cache,
+                )
+                self._prefill.run(query, cache, out[single:])
             return out
 
-        rows = Rows(step.token_ids, step.positions, step.slots, self._state.tables, attend, step.logits_rows)
+        rows = Rows(step.token_ids, step.positions, attend, step.logits_rows)
         logits = self._network.forward(rows, self._pool)
         num_drawing = sum(chunk.draws for chunk in chunks)
         _tell(chunks, logits[num_drawing:])
@@ -139,26 +153,10 @@ class CudaRunner:
             return None
         logits, drawing = logits[:num_drawing], step.logits_rows[:num_drawing]
         slots, positions = slots[drawing], positions[drawing]
-        drawn, highest = draw_greedy(logits)
-        if sampled:
-            draw_sampled(logits, highest, drawn, slots, positions, self._parameters)
+        drawn = self._draw.run(logits, slots, positions, sampled=sampled)
         self._network.ranks.from_first(drawn)
         advance_rows(slots, positions, drawn, self._state.field("tokens"), self._state.field("positions"))
         return _Output(logits, drawn, slots)
-
-    def _decode(self, query: Tensor, cache: Tensor, step: "_StepTensors", out: Tensor) -> None:
-        config = self._network.config
-        decode_attention(
-            query,
-            cache,
-            positions=step.positions,
-            slots=step.slots,
-            tables=self._state.tables,
-            scale=config.head_dim**-0.5,
-            window=config.sliding_window,
-            plan=DecodePlan.choose(len(query), config.num_kv_heads, self._num_sms),
-            out=out,
-        )
 
     def _draw_on_host(self, drawing: list[Chunk], output: _Output) -> dict[int, Drawn | str]:
         """Rows that want more than the kernels do: drawn here, and their tokens put into the state."""
@@ -227,13 +225,12 @@ def _tell(chunks: list[Chunk], logits: Tensor) -> None:
 
 
 def _by_host(chunk: Chunk) -> bool:
-    params = chunk.sequence.request.params
-    return (
-        params.num_logprobs is not None
-        or params.repetition_penalty != 1.0
-        or bool(params.presence_penalty or params.frequency_penalty or params.logit_bias)
-        or chunk.start + chunk.count - chunk.sequence.num_prompt < params.min_tokens
-    )
+    sequence = chunk.sequence
+    params = sequence.request.params
+    if host_draws(params):
+        return True
+    num_drawn = chunk.start + chunk.count - sequence.num_prompt
+    return bool(params.stop_token_ids) and num_drawn < params.min_tokens
 
 
 def _row(chunk: Chunk) -> Row:

@@ -16,6 +16,7 @@ _SLOT_FIELDS = (
     "tokens",  # the last known token, whose KV the next step computes
     "positions",  # of that token
     "prompt_lengths",
+    "min_tokens",  # before an end may be drawn
     "temperature",  # float32
     "top_k",  # 0: off
     "top_p",  # float32

@@ -83,6 +83,7 @@ class Engine(Generic[L]):
         *,
         overlap: bool = False,
         collect_iterations: bool = False,
+        device_bytes: Callable[[], int] = int,
         follow_patience_s: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -92,6 +93,7 @@ class Engine(Generic[L]):
         self._transceiver = transceiver
         self._overlap = overlap
         self._collect_iterations = collect_iterations
+        self._device_bytes = device_bytes  # in use, asked for once an iteration
         self._clock = clock
         self._announcer = Announcer(transceiver, scheduler.limits.tokens_per_block)
         self._following = Following(scheduler, transceiver, patience_s=follow_patience_s)
@@ -271,7 +273,12 @@ class Engine(Generic[L]):
             handovers=self._following.num_handed_over,
             blocks_ahead=self._following.num_blocks_ahead,
             iteration=iteration_stats(
-                plan, scheduler, self._steps, planned_at=started, latency_s=now - started
+                plan,
+                scheduler,
+                self._steps,
+                planned_at=started,
+                latency_s=now - started,
+                device_bytes=self._device_bytes(),
             )
             if self._collect_iterations and plan.chunks
             else None,

@@ -21,7 +21,7 @@ from diptych import logs
 from diptych.errors import StartupError
 from diptych.wire import EngineFailed, EngineProgress, EngineReady
 from diptych.worker.blocks import BlockPool
-from diptych.worker.kv_memory import create_pool, require_device
+from diptych.worker.kv_memory import create_pool, device_bytes_in_use, require_device
 from diptych.worker.link import EngineLink
 from diptych.worker.plan import SchedulerLimits
 from diptych.worker.process import end_with_parent
@@ -175,6 +175,7 @@ def _assemble(
         transceiver,
         overlap=settings.overlap and loaded.computer.overlaps,
         collect_iterations=settings.iteration_stats,
+        device_bytes=lambda: device_bytes_in_use(settings.device),
         follow_patience_s=settings.kv_transfer_timeout_s,
     )
     return engine, transceiver

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from diptych.kernels.batch_state_triton import advance_rows, gather_rows
-from diptych.kernels.decode_attention_triton import DecodePlan, decode_attention
-from diptych.kernels.gpu import num_multiprocessors
-from diptych.kernels.sampling_triton import DrawParameters, draw_greedy, draw_sampled
+from diptych.kernels.rope_triton import HeadInputs
+from diptych.worker.decode import Decode, Draw
 from diptych.worker.device_state import DeviceState
 from diptych.worker.models.cuda_network import CudaNetwork, Rows
 
@@ -62,12 +61,11 @@ class DecodeGraphs:
         self._network = network
         self._state = state
         self._pool = pool
+        self._decode = Decode(network.config, state)
         self.sizes = sorted(sizes)
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         self._outputs: dict[tuple[int, bool], StepOutput] = {}
-        self._parameters = DrawParameters(
-            **{name: state.field(name) for name in DrawParameters.__dataclass_fields__}
-        )
+        self._draw = Draw(state, network.config.eos_token_ids)
 
     def capture(self, progress: Callable[[float], None]) -> None:
         """The largest first: the smaller ones then share its memory. `progress` gets fractions."""
@@ -97,30 +95,18 @@ class DecodeGraphs:
         return self._outputs[size, sampled]
 
     def _step(self, size: int, *, sampled: bool) -> StepOutput:
-        state, config = self._state, self._network.config
+        state = self._state
         slots = state.rows[:size]
         tokens, positions = gather_rows(slots, state.field("tokens"), state.field("positions"))
-        plan = DecodePlan.choose(size, config.num_kv_heads, num_multiprocessors(state.device))
 
-        def attend(query: Tensor, cache: Tensor) -> Tensor:
-            out = torch.empty_like(query)
-            decode_attention(
-                query,
-                cache,
-                positions=positions,
-                slots=slots,
-                tables=state.tables,
-                scale=config.head_dim**-0.5,
-                window=config.sliding_window,
-                plan=plan,
-                out=out,
-            )
+        def attend(parts: Tensor, inputs: HeadInputs, cache: Tensor) -> Tensor:
+            layout = inputs.layout
+            out = cache.new_empty(size, layout.num_heads, layout.head_dim)
+            self._decode.run(parts, inputs, cache, positions=positions, slots=slots, out=out)
             return out
 
-        logits = self._network.forward(Rows(tokens, positions, slots, state.tables, attend), self._pool)
-        drawn, highest = draw_greedy(logits)
-        if sampled:
-            draw_sampled(logits, highest, drawn, slots, positions, self._parameters)
+        logits = self._network.forward(Rows(tokens, positions, attend), self._pool)
+        drawn = self._draw.run(logits, slots, positions, sampled=sampled)
         self._network.ranks.from_first(drawn)
         advance_rows(slots, positions, drawn, state.field("tokens"), state.field("positions"))
         return StepOutput(logits, drawn)

@@ -8,9 +8,15 @@ from diptych.worker.scheduler import Scheduler
 
 
 def iteration_stats(
-    plan: StepPlan, scheduler: Scheduler, step: int, *, planned_at: float, latency_s: float
+    plan: StepPlan,
+    scheduler: Scheduler,
+    step: int,
+    *,
+    planned_at: float,
+    latency_s: float,
+    device_bytes: int,
 ) -> dict[str, Any]:
-    """`planned_at`: on the scheduler's clock."""
+    """`planned_at`: on the scheduler's clock; `device_bytes`: of the GPU in use, by anyone, 0 without one."""
     pool, limits = scheduler.pool.counts(), scheduler.limits
     contexts = [chunk for chunk in plan.chunks if chunk.start + chunk.count <= chunk.sequence.num_prompt]
     prompt_tokens = scheduler.num_prompt_tokens
@@ -21,7 +27,7 @@ def iteration_stats(
         "timestamp": datetime.now().isoformat(sep=" "),
         "newActiveRequestsQueueLatencyMS": sum(planned_at - sequence.arrival for sequence in new) * 1000,
         "numNewActiveRequests": len(new),
-        "gpuMemUsage": 0,
+        "gpuMemUsage": device_bytes,
         "numActiveRequests": scheduler.num_running + scheduler.num_fetching,
         "numQueuedRequests": scheduler.num_waiting,
         "maxNumActiveRequests": limits.max_batch_size,

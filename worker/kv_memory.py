@@ -91,6 +91,16 @@ def require_device(settings: EngineSettings) -> "device":
     return found
 
 
+def device_bytes_in_use(device: str) -> int:
+    """Of the GPU, by all processes; 0 without one."""
+    if device == "cpu":
+        return 0
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return int(total - free)
+
+
 def _available_bytes(device: str) -> int:
     if device == "cpu":
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

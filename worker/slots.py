@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from diptych.wire import SamplingParams
 from diptych.worker.device_state import DeviceState, Int32s, float_bits, seed_words
 from diptych.worker.plan import Chunk
 from diptych.worker.sequence import Sequence, Status
@@ -20,6 +21,15 @@ class _Entry:
     blocks: list[int]  # the very list of the sequence: after a preemption it has another
     num_blocks: int = 0  # uploaded
     position: int | None = None  # on the device: of the token that the next decode step computes
+
+
+def host_draws(params: SamplingParams) -> bool:
+    """Whether all tokens of a sequence are drawn by the host, from logits that nothing was done to."""
+    return (
+        params.num_logprobs is not None
+        or params.repetition_penalty != 1.0
+        or bool(params.presence_penalty or params.frequency_penalty or params.logit_bias)
+    )
 
 
 class SlotMap:
@@ -86,6 +96,7 @@ class SlotMap:
         low, high = seed_words(params.seed)
         fields = {
             "prompt_lengths": sequence.num_prompt,
+            "min_tokens": 0 if host_draws(params) else params.min_tokens,
             "temperature": float_bits(params.temperature),
             "top_k": min(params.top_k, 2**31 - 1),
             "top_p": float_bits(params.top_p),

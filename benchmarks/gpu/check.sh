@@ -1,37 +1,47 @@
 #!/bin/bash
 # Checks and measures what needs one GPU; each part under its own limit, and one that fails stops no other.
 #
-#   OUT=folder benchmarks/gpu/check.sh [tests|steps|kernels|tp ...]          (tp: two GPUs)
+#   OUT=folder benchmarks/gpu/check.sh [setup|attention|tests|model|serve|steps|variants|kernels|tp ...]  (tp: two GPUs)
 #
-# Wheels of what the machine's Python lacks may lie in .whl/.
+# Wheels of what the machine's Python lacks may lie in .whl/; DIPTYCH_TEST_MODEL names the small model's GGUF file.
 set -u
 OUT=${OUT:-gpu_check}
 mkdir -p "$OUT"
 site=${TMPDIR:-/tmp}/diptych-site
 export PYTHONPATH=$PWD:$site PYTHONUNBUFFERED=1
-if ls .whl/*.whl >/dev/null 2>&1; then
+if [ ! -e "$site/.done" ] && ls .whl/*.whl >/dev/null 2>&1; then
     python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" .whl/*.whl
+    touch "$site/.done"
 fi
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
+tests=(python3 -m pytest -q --tb short -rf -p no:cacheprovider -p no:benchmark)
 
 part() { # name, seconds, command...
     local name=$1 limit=$2 started=$SECONDS
     shift 2
     timeout "$limit" "$@" >"$OUT/$name.txt" 2>&1
     echo "== $name: exit $? after $((SECONDS - started)) s"
-    tail -n 30 "$OUT/$name.txt" | cut -c1-420
+    tail -n 40 "$OUT/$name.txt" | cut -c1-420
 }
 
-for wanted in "${@:-tests steps kernels}"; do
+for wanted in "${@:-setup attention tests serve steps variants kernels}"; do
     for name in $wanted; do
         case $name in
+        setup) nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv ;;
+        attention) part attention 200 python3 benchmarks/gpu_kernels.py prefill ;; # compiles flashinfer's, too
         tests)
-            part tests 200 python3 -m pytest tests/kernels tests/worker -q -m gpu --timeout 90 --tb short -rf \
-                -p no:cacheprovider -p no:benchmark
+            part tests_worker 200 "${tests[@]}" --timeout 90 -m "gpu and not model" -k "not flashinfer" tests/worker &
+            part tests_kernels 200 "${tests[@]}" --timeout 90 -m gpu tests/kernels
+            wait
+            ;;
+        model) part model 200 "${tests[@]}" --timeout 190 -m model tests/worker/test_cuda_runner.py ;;
+        serve)
+            part serve 150 python3 benchmarks/gpu_serve.py --output "$OUT/serve8b.json"
+            part serve_metrics 90 python3 benchmarks/gpu_serve.py --shape 135m --iterations \
+                --output "$OUT/serve135m.json"
             ;;
         steps)
             part step135m 60 python3 benchmarks/gpu_step.py --shape 135m --triton --output "$OUT/step135m.json"
-            part step8b 240 python3 benchmarks/gpu_step.py --shape 8b --output "$OUT/step8b.json"
+            part step8b 150 python3 benchmarks/gpu_step.py --shape 8b --output "$OUT/step8b.json"
             ;;
         tp)
             part tp_tests 110 python3 -m pytest tests/worker -q -m gpu2 --timeout 100 --tb short -p no:cacheprovider \
@@ -41,8 +51,9 @@ for wanted in "${@:-tests steps kernels}"; do
             part tp_kill 80 python3 benchmarks/gpu_tp.py --part kill --output "$OUT/tp_kill.json"
             part tp_speed 280 python3 benchmarks/gpu_tp.py --part speed --output "$OUT/tp_speed.json"
             ;;
-        kernels) part kernels 150 python3 benchmarks/gpu_kernels.py ;;
-        *) echo "no part $name: tests, steps, kernels, tp" ;;
+        variants) part "variants${ROWS:-}" 240 python3 benchmarks/gpu_variants.py --rows "${ROWS:-1,8,64,256}" --output "$OUT/variants${ROWS:-}.json" ;;
+        kernels) part kernels 200 python3 benchmarks/gpu_kernels.py linear decode ;;
+        *) echo "no part $name: setup, attention, tests, model, serve, steps, variants, kernels, tp" ;;
         esac
     done
 done

@@ -92,9 +92,9 @@ def decode_step_ms(
 def prefill_tokens_per_s(runner: Any, num_blocks: int, block: int, rows: int, length: int) -> float:
     """Prompts of one length until each has its first token."""
     inbox, engine = _engine(runner, num_blocks, block, max(rows, 8), 8192, overlap=True)
+    prompts = [torch.randint(0, 40000, (length,)).tolist() for _ in range(rows)]
     started = time.perf_counter()
-    for row in range(rows):
-        prompt = torch.randint(0, 40000, (length,)).tolist()
+    for row, prompt in enumerate(prompts):
         params = SamplingParams(max_tokens=1, temperature=0.0)
         inbox.messages.append(Submit(request_id=f"prompt-{row}", prompt_token_ids=prompt, params=params))
     while inbox.num_tokens < rows:

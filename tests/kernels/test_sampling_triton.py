@@ -20,6 +20,7 @@ pytestmark = [
     ),
 ]
 
+ENDS = frozenset({2, 17})
 PARAMS = [
     {"temperature": 0.0},
     {"temperature": 1.0},
@@ -35,7 +36,7 @@ PARAMS = [
 
 
 def draw(logits, params, num_prompt, num_outputs):
-    from diptych.kernels.sampling_triton import DrawParameters, draw_greedy, draw_sampled
+    from diptych.worker.decode import Draw
 
     count = len(params)
     state = DeviceState(count, 1, DEVICE)
@@ -47,18 +48,16 @@ def draw(logits, params, num_prompt, num_outputs):
             "top_k": param.top_k,
             "top_p": float_bits(param.top_p),
             "min_p": float_bits(param.min_p),
+            "min_tokens": param.min_tokens,
             "prompt_lengths": num_prompt,
             "seed_low": low,
             "seed_high": high,
         }
         changes |= {state.at(name, slot): value for name, value in fields.items()}
     state.upload(np.array(list(changes), np.int32), np.array(list(changes.values()), np.int32))
-    drawn, highest = draw_greedy(logits)
     slots = torch.arange(count, dtype=torch.int32, device=DEVICE)
     positions = torch.full((count,), num_prompt + num_outputs - 1, dtype=torch.int32, device=DEVICE)
-    parameters = DrawParameters(**{name: state.field(name) for name in DrawParameters.__dataclass_fields__})
-    draw_sampled(logits, highest, drawn, slots, positions, parameters)
-    return drawn.tolist()
+    return Draw(state, ENDS).run(logits, slots, positions, sampled=True).tolist()
 
 
 @pytest.mark.parametrize("vocab", [131, 9000] if not ON_GPU else [131, 9000, 49152, 128256])
@@ -111,3 +110,16 @@ def test_logits_that_are_no_numbers():
     logits[1] = -torch.inf
     params = [SamplingParams(max_tokens=5, temperature=t) for t in (1.0, 0.0, 0.0)]
     assert draw(logits.to(DEVICE), params, 1, 0) == [-1, -1, 0]
+
+
+def test_ends_may_not_be_drawn_too_early():
+    logits = torch.zeros(4, 9000)
+    logits[:, 2], logits[:, 17], logits[:, 8999] = 9.0, 8.0, 7.0
+    params = [
+        SamplingParams(max_tokens=9, temperature=0.0, min_tokens=3),
+        SamplingParams(max_tokens=9, temperature=0.01, min_tokens=3, seed=1),
+        SamplingParams(max_tokens=9, temperature=1.0, top_k=1, min_tokens=3),
+        SamplingParams(max_tokens=9, temperature=0.0),
+    ]
+    assert draw(logits.clone().to(DEVICE), params, 5, 2) == [8999, 8999, 8999, 2]
+    assert draw(logits.clone().to(DEVICE), params, 5, 3) == [2, 2, 2, 2]

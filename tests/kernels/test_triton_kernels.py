@@ -84,18 +84,35 @@ def test_silu_and_mul(dtype, rows, inner, splits):
     assert error(actual, activation.silu_and_mul(parts.sum(0))) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("dtype", [dtype for dtype in DOT_DTYPES if dtype != torch.float32])
-@pytest.mark.parametrize("rows", [1, 2, 5, 16])
+SKINNY_DTYPES = [dtype for dtype in DOT_DTYPES if dtype != torch.float32]
+
+
+@pytest.mark.parametrize("dtype", SKINNY_DTYPES)
+@pytest.mark.parametrize("rows", [1, 2, 16, 33, 64])
 @pytest.mark.parametrize(("outputs", "inputs"), [(96, 576), (100, 1000), (256, 2048), (40, 4096)])
 def test_skinny_linear(dtype, rows, outputs, inputs):
     from diptych.kernels.skinny_linear_triton import SkinnyPlan, choose, skinny_linear
 
     x, weight = draw(rows, inputs, dtype=dtype), draw(outputs, inputs, dtype=dtype, scale=inputs**-0.5)
     expected = x.double() @ weight.double().T
-    for plan in (choose(rows, outputs, inputs, 132), SkinnyPlan(16, 64, 3, 4)):
+    for plan in (choose(rows, outputs, inputs, 132), SkinnyPlan(16, 64, 3, ahead=64)):
         parts = skinny_linear(x, weight, plan)
         assert parts.shape == (plan.splits, rows, outputs)
         assert error(parts.sum(0), expected) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", SKINNY_DTYPES)
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize(("inner", "inputs"), [(96, 576), (50, 1000), (128, 2048)])
+def test_skinny_gated(dtype, rows, inner, inputs):
+    from diptych.kernels.skinny_linear_triton import SkinnyPlan, choose_gated, skinny_gated
+
+    x, weight = draw(rows, inputs, dtype=dtype), draw(2 * inner, inputs, dtype=dtype, scale=inputs**-0.5)
+    expected = activation.silu_and_mul(x.double() @ weight.double().T)
+    for plan in (choose_gated(rows, inputs), SkinnyPlan(16, 64, ahead=0)):
+        out = skinny_gated(x, weight, plan)
+        assert out.shape == (rows, inner) and out.dtype == dtype
+        assert error(out, expected) < TOLERANCE[dtype]
 
 
 class Paged:
@@ -141,48 +158,97 @@ class Paged:
 SHAPES = [(8, 2, 64, 16), (9, 3, 64, 32), (4, 4, 128, 16), (40, 2, 32, 32)]
 
 
+class Heads:
+    """Products of rows, as a kernel takes them, and the heads that they are."""
+
+    def __init__(self, rows, paged, splits=1, *, with_bias=False, with_norm=False):
+        from diptych.kernels.rope_triton import HeadInputs, HeadLayout
+
+        heads, kv_heads, dim, dtype = paged.heads, paged.kv_heads, paged.dim, paged.dtype
+        width = (heads + 2 * kv_heads) * dim
+        self.layout = HeadLayout(heads, kv_heads, dim, 1e-6)
+        self.parts = draw(splits, rows, width)
+        self.turns = torch.rand(512, dim // 2, device=DEVICE) * 6
+        self.inputs = HeadInputs(
+            layout=self.layout,
+            bias=draw(width, dtype=dtype) if with_bias else None,
+            norms=(draw(dim, dtype=dtype), draw(dim, dtype=dtype)) if with_norm else None,
+            angles=(self.turns.cos(), self.turns.sin()),
+        )
+
+    def split(self, positions):
+        """Turned queries and keys, and values, `[rows, heads, dim]` float32 each, of the rows with `positions`."""
+        layout, inputs = self.layout, self.inputs
+        rows = self.parts.sum(0) + (0 if inputs.bias is None else inputs.bias.float())
+        counts = [layout.num_heads, layout.num_kv_heads, layout.num_kv_heads]
+        q, k, v = rows.view(len(rows), -1, layout.head_dim)[: len(positions)].split(counts, 1)
+        if inputs.norms is not None:
+            q, k = (norm.rms_norm(x, w.float(), 1e-6) for x, w in zip((q, k), inputs.norms, strict=True))
+        at = self.turns[positions]
+        q, k = (rope.apply_rope(x, at.cos(), at.sin()) for x in (q, k))
+        return q, k, v
+
+
 @pytest.mark.parametrize("dtype", DOT_DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("window", [None, 1, 50])
-@pytest.mark.parametrize(("splits", "tile"), [(1, 64), (4, 64), (2, 128)])
-def test_decode_attention(dtype, shape, window, splits, tile):
+@pytest.mark.parametrize(("shares", "tile"), [(1, 32), (4, 16), (2, 128)])
+def test_decode_attention(dtype, shape, window, shares, tile):
     from diptych.kernels.decode_attention_triton import DecodePlan, decode_attention
 
     heads, kv_heads, dim, block = shape
     lengths = [1, 64, 65, 300, 17]
     paged = Paged(lengths, heads, kv_heads, dim, dtype, block)
-    paged.fill(lengths)
-    query = draw(len(lengths) + 1, heads, dim, dtype=dtype)
-    actual = torch.full_like(query, torch.nan)
+    paged.fill([length - 1 for length in lengths])  # the kernel appends the last one
+    given = Heads(len(lengths) + 1, paged, shares, with_bias=tile == 16, with_norm=tile == 128)
+    positions = [length - 1 for length in lengths]
+    actual = torch.full((len(lengths) + 1, heads, dim), torch.nan, dtype=dtype, device=DEVICE)
+    arrivals = torch.zeros((len(lengths) + 1) * kv_heads, dtype=torch.int32, device=DEVICE)
+    written = int((~paged.pool.isnan()).sum())
     decode_attention(
-        query,
+        given.parts,
+        given.inputs,
         paged.cache,
-        positions=paged.ints([*(length - 1 for length in lengths), -1]),
+        positions=paged.ints([*positions, -1]),
         slots=paged.ints([*paged.slots, -1]),
         tables=paged.tables,
         scale=dim**-0.5,
         window=window,
-        plan=DecodePlan(splits, tile, stages=5),
+        plan=DecodePlan(shares, tile, stages=3 if dtype == torch.float32 else 5),
+        arrivals=arrivals,
         out=actual,
     )
+    query, key, value = given.split(positions)
     spans = [(index, length - 1, length) for index, length in enumerate(lengths)]
-    expected = attention.paged_attention(
-        query[:-1].double(), paged.cache.double(), paged.plan(spans, window), dim**-0.5
+    plan = paged.plan(spans, window)
+    for which, expected in enumerate((key, value)):
+        assert error(paged.cache[plan.slot_blocks, which, :, plan.slot_offsets], expected) < TOLERANCE[dtype]
+    assert (~paged.pool.isnan()).sum() == written + len(lengths) * 2 * kv_heads * dim, (
+        "nothing else was written"
     )
+    expected = attention.paged_attention(query.to(dtype).double(), paged.cache.double(), plan, dim**-0.5)
     assert actual.isfinite().all()
     assert (actual[-1] == 0).all()
+    assert not arrivals.any(), "ready for the next call"
     assert error(actual[:-1], expected) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize(
-    ("rows", "plan"),
-    [(1, (32, 64)), (4, (8, 64)), (8, (2, 128)), (16, (1, 128)), (64, (4, 64)), (256, (1, 64))],
+    ("rows", "max_tokens", "plan"),
+    [
+        (1, 8192, (8, 32)),
+        (1, 131072, (32, 32)),
+        (8, 8192, (8, 128)),
+        (16, 8192, (4, 128)),
+        (64, 8192, (1, 64)),
+        (256, 131072, (1, 32)),
+    ],
 )
-def test_shares_of_a_batch(rows, plan):
+def test_shares_of_a_batch(rows, max_tokens, plan):
     from diptych.kernels.decode_attention_triton import DecodePlan
 
-    chosen = DecodePlan.choose(rows, num_kv_heads=8, num_sms=132)
-    assert (chosen.splits, chosen.tile) == plan
+    chosen = DecodePlan.choose(rows, num_kv_heads=8, num_sms=132, max_tokens=max_tokens)
+    assert (chosen.shares, chosen.tile) == plan
 
 
 @pytest.mark.parametrize("dtype", DOT_DTYPES)
@@ -217,37 +283,27 @@ def test_prefill_attention(dtype, shape, window):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("with_bias", "with_norm"), [(False, False), (True, False), (True, True)])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim", "splits"), [(4, 2, 64, 1), (9, 3, 96, 2)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "splits"), [(4, 2, 64, 1), (9, 3, 96, 2), (20, 4, 32, 1)]
+)
 def test_rope_append(dtype, with_bias, with_norm, heads, kv_heads, dim, splits):
-    from diptych.kernels.rope_triton import HeadLayout, rope_append
+    from diptych.kernels.rope_triton import rope_append
 
     lengths = [40, 1, 17]
     paged = Paged(lengths, heads, kv_heads, dim, dtype)
     positions = [length - 1 for length in lengths]
-    width = (heads + 2 * kv_heads) * dim
-    parts = draw(splits, 4, width)
-    bias = draw(width, dtype=dtype) if with_bias else None
-    norms = (draw(dim, dtype=dtype), draw(dim, dtype=dtype)) if with_norm else None
-    turns = torch.rand(64, dim // 2, device=DEVICE) * 6
+    given = Heads(4, paged, splits, with_bias=with_bias, with_norm=with_norm)
     query = rope_append(
-        parts,
-        HeadLayout(heads, kv_heads, dim, 1e-6),
-        bias=bias,
-        norms=norms,
-        angles=(turns.cos(), turns.sin()),
+        given.parts,
+        given.inputs,
         positions=paged.ints([*positions, -1]),
         slots=paged.ints([*paged.slots, -1]),
         tables=paged.tables,
         cache=paged.cache,
     )
-    rows = parts.sum(0) + (0 if bias is None else bias.float())
-    q, k, v = rows.view(4, -1, dim).split([heads, kv_heads, kv_heads], 1)
-    if norms is not None:
-        q, k = (norm.rms_norm(x, weight.float(), 1e-6) for x, weight in zip((q, k), norms, strict=True))
-    at = turns[positions]
-    q, k = (rope.apply_rope(x[:3], at.cos(), at.sin()) for x in (q, k))
+    q, k, v = given.split(positions)
     assert error(query[:3], q) < TOLERANCE[dtype]
     plan = paged.plan([(index, position, position + 1) for index, position in enumerate(positions)])
-    for which, expected in enumerate((k, v[:3])):
+    for which, expected in enumerate((k, v)):
         assert error(paged.cache[plan.slot_blocks, which, :, plan.slot_offsets], expected) < TOLERANCE[dtype]
     assert (~paged.pool.isnan()).sum() == 3 * 2 * kv_heads * dim, "nothing else was written"

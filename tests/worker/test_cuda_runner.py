@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -14,6 +15,7 @@ from diptych.worker.blocks import BlockPool
 from diptych.worker.device_state import DeviceState
 from diptych.worker.models.build import build_model
 from diptych.worker.models.config import ModelConfig, RopeConfig
+from diptych.worker.models.loader import load_config, load_weights
 from diptych.worker.models.weights import dummy_weights
 from diptych.worker.plan import SchedulerLimits
 from diptych.worker.sampler import Row, Sampler
@@ -29,10 +31,11 @@ pytestmark = [
         reason="there is no GPU, and TRITON_INTERPRET is not 1",
     ),
 ]
+NEEDS_FLASHINFER = pytest.mark.skipif(not (ON_GPU and is_installed()), reason="flashinfer is not installed")
 BLOCK, NUM_BLOCKS = 16, 64
 EOS = frozenset({2})
 # The interpreter takes a second for what a GPU does in a microsecond.
-LENGTHS = (100, 3, 33, 1, 64, 20) if ON_GPU else (20, 3, 17)
+LENGTHS = (100, 3, 33, 1, 64, 20, 9) if ON_GPU else (20, 3, 17)
 NUM_LAYERS, NUM_TOKENS = (3, 40) if ON_GPU else (1, 5)
 
 
@@ -84,7 +87,7 @@ def reference_logits(config, weights, request, outputs):
     return model.forward(batch).clone()
 
 
-def cuda_runner(config, weights, *, graphs=ON_GPU, flashinfer=False):
+def cuda_runner(config, weights, *, graphs=ON_GPU, flashinfer=False, sampler=None):
     from diptych.worker.cuda_runner import CudaRunner
     from diptych.worker.graphs import DecodeGraphs
     from diptych.worker.models.cuda_network import CudaNetwork
@@ -109,7 +112,7 @@ def cuda_runner(config, weights, *, graphs=ON_GPU, flashinfer=False):
         dtype,
     )
     prefill = (FlashInfer if flashinfer else TritonPrefill)(attention, DEVICE)
-    return CudaRunner(network, pool, state, prefill, captured, Sampler(EOS))
+    return CudaRunner(network, pool, state, prefill, captured, sampler or Sampler(EOS))
 
 
 def serve(runner, requests, *, max_num_tokens=48 if ON_GPU else 16, told=None):
@@ -201,14 +204,15 @@ def check_greedy(config, weights, **options):
         assert not wrong, (request.request_id, wrong)
 
 
-@pytest.mark.skipif(not (ON_GPU and is_installed()), reason="flashinfer is not installed")
+@NEEDS_FLASHINFER
+@pytest.mark.timeout(280)  # the first time it compiles
 def test_flashinfer_gives_the_same_tokens():
     config = config_of("bfloat16", qk_norm=True, head_dim=128)
     check_greedy(config, weights_of(config), flashinfer=True)
 
 
 def test_sampled_tokens_and_what_the_host_draws():
-    config = config_of("float16")
+    config = config_of("float16", eos_token_ids=tuple(EOS))
     weights = weights_of(config)
     count = NUM_TOKENS
     params = [
@@ -217,6 +221,8 @@ def test_sampled_tokens_and_what_the_host_draws():
         SamplingParams(max_tokens=count, temperature=1.0, top_k=20, min_p=0.01, seed=2**64 - 1),
         SamplingParams(max_tokens=count, temperature=0.0, num_logprobs=2, min_tokens=4),
         SamplingParams(max_tokens=count, temperature=0.7, logit_bias={5: 4.0}, seed=7, min_tokens=count),
+        SamplingParams(max_tokens=count, temperature=1.2, seed=5, min_tokens=count),
+        SamplingParams(max_tokens=count, temperature=0.0, min_tokens=count, stop_token_ids=[9]),
     ]
     requests = requests_of(params)
     found = serve(cuda_runner(config, weights), requests)
@@ -253,3 +259,42 @@ def test_prompts_tell_their_log_probabilities():
         assert [entry.token_id for entry in entries] == rest
         wanted = [float(row[token]) for row, token in zip(expected, rest, strict=False)]
         assert [entry.logprob for entry in entries] == pytest.approx(wanted, abs=0.05)
+
+
+class Recorder(Sampler):
+    """Keeps the logits that it draws from."""
+
+    def __init__(self):
+        super().__init__(EOS)
+        self.logits = []
+
+    def sample(self, logits, rows):
+        self.logits.append(logits.clone().cpu())
+        return super().sample(logits, rows)
+
+
+# "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+PROMPT = [1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 9531, 198]
+
+
+@pytest.mark.model
+@pytest.mark.skipif("DIPTYCH_TEST_MODEL" not in os.environ, reason="DIPTYCH_TEST_MODEL names no GGUF file")
+@pytest.mark.parametrize("flashinfer", [False, pytest.param(True, marks=NEEDS_FLASHINFER)])
+def test_the_real_model_says_what_float32_says(flashinfer):
+    """SmolLM2-135M-Instruct; models/test_small_model.py holds the float32 model to transformers' logits."""
+    path = Path(os.environ["DIPTYCH_TEST_MODEL"])
+    config = load_config(path)
+    weights = load_weights(path, config, lambda fraction: None)
+    params = SamplingParams(max_tokens=12, temperature=0.0, num_logprobs=1, ignore_eos=True)
+    request = Submit(request_id="0", prompt_token_ids=PROMPT, params=params)
+    recorder = Recorder()
+    runner = cuda_runner(config, weights, sampler=recorder, flashinfer=flashinfer)
+    outputs = serve(runner, [request])["0"]
+    expected = reference_logits(config, weights, request, outputs)
+    logits = torch.cat(recorder.logits)
+    assert float((logits - expected).norm() / expected.norm()) < 0.03
+    assert outputs == expected.argmax(-1).tolist()
+    greedy = msgspec.structs.replace(
+        request, params=SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    )
+    assert serve(runner, [greedy])["0"] == outputs, "as the graphs draw them"

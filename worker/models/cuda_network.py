@@ -14,15 +14,22 @@ from torch import Tensor
 from diptych.kernels.activation_triton import silu_and_mul
 from diptych.kernels.gpu import num_multiprocessors
 from diptych.kernels.norm_triton import add_rms_norm, embed_norm
-from diptych.kernels.rope_triton import HeadLayout, rope_append
-from diptych.kernels.skinny_linear_triton import MAX_ROWS, choose, skinny_linear
+from diptych.kernels.rope_triton import HeadInputs, HeadLayout
+from diptych.kernels.skinny_linear_triton import (
+    MAX_ROWS,
+    choose,
+    choose_gated,
+    skinny_gated,
+    skinny_linear,
+)
 from diptych.worker.collectives import ALONE, Collectives
 from diptych.worker.layers.rope import RotaryEmbedding
 from diptych.worker.models.config import ModelConfig
 from diptych.worker.parallel import ONE_RANK, ParallelDims
 
-# Query `[T, heads, dim]` and one layer's cache to attended values, same shape.
-Attend = Callable[[Tensor, Tensor], Tensor]
+# `[S, T, (heads + 2 kv heads) * dim]` products, what makes heads of them, and one layer's cache, which takes the rows'
+# K and V, to attended values `[T, heads, dim]`.
+Attend = Callable[[Tensor, HeadInputs, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +38,6 @@ class Rows:
 
     token_ids: Tensor  # [T]
     positions: Tensor  # [T]; negative: padding
-    slots: Tensor  # [T]: which row of `tables`
-    tables: Tensor  # [slots, max_blocks]
     attend: Attend
     logits_rows: Tensor | None = None  # [R] int64; None: all
 
@@ -51,13 +56,18 @@ class PartsLinear:
             return skinny_linear(x, self.weight, choose(rows, len(self.weight), inputs, self.num_sms))
         return F.linear(x, self.weight, self.bias)[None]
 
+    def gated(self, x: Tensor) -> Tensor:
+        """`silu(gate) * up` of a gate and up weight, in x's dtype."""
+        if len(x) == 1 and self.bias is None:  # more rows are faster in two kernels
+            return skinny_gated(x, self.weight, choose_gated(*x.shape))
+        return silu_and_mul(self(x), x.dtype)
+
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
     input_norm: Tensor
     qkv: PartsLinear
-    qkv_bias: Tensor | None
-    norms: tuple[Tensor, Tensor] | None
+    heads: HeadInputs
     o: PartsLinear
     post_norm: Tensor
     gate_up: PartsLinear
@@ -79,6 +89,8 @@ class CudaNetwork:
         `config` and `weights` are this rank's.
         """
         sms = num_multiprocessors(device)
+        heads = HeadLayout(config.num_heads, config.num_kv_heads, config.head_dim, config.rms_norm_eps)
+        rotary = RotaryEmbedding.build(config.rope, config.head_dim, max_positions, device)
 
         def take(name: str) -> Tensor:
             return weights.pop(name).to(device)
@@ -91,8 +103,12 @@ class CudaNetwork:
             return _Layer(
                 input_norm=take(f"{prefix}.input_norm"),
                 qkv=linear(f"{prefix}.qkv"),
-                qkv_bias=take(f"{prefix}.qkv_bias") if config.qkv_bias else None,
-                norms=(take(f"{prefix}.q_norm"), take(f"{prefix}.k_norm")) if config.qk_norm else None,
+                heads=HeadInputs(
+                    layout=heads,
+                    bias=take(f"{prefix}.qkv_bias") if config.qkv_bias else None,
+                    norms=(take(f"{prefix}.q_norm"), take(f"{prefix}.k_norm")) if config.qk_norm else None,
+                    angles=(rotary.cos.contiguous(), rotary.sin.contiguous()),
+                ),
                 o=linear(f"{prefix}.o", f"{prefix}.o_bias" if config.o_bias else None),
                 post_norm=take(f"{prefix}.post_norm"),
                 gate_up=linear(f"{prefix}.gate_up"),
@@ -107,9 +123,6 @@ class CudaNetwork:
         self._norm = take("norm")
         head = self._embedding[dims.head_rows(config)] if config.tie_word_embeddings else take("lm_head")
         self._head = PartsLinear(head, None, sms)
-        rotary = RotaryEmbedding.build(config.rope, config.head_dim, max_positions, device)
-        self._angles = rotary.cos.contiguous(), rotary.sin.contiguous()
-        self._heads = HeadLayout(config.num_heads, config.num_kv_heads, config.head_dim, config.rms_norm_eps)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -135,27 +148,13 @@ class CudaNetwork:
         for index, layer in enumerate(self._layers):
             if index:
                 normed = add_rms_norm(parts, residual, layer.input_norm, eps)
-            attended = self._attend(layer, normed, rows, pool[:, index])
-            parts = self.ranks.total_parts(layer.o(attended))
+            attended = rows.attend(layer.qkv(normed), layer.heads, pool[:, index])
+            parts = self.ranks.total_parts(layer.o(attended.view(count, -1)))
             normed = add_rms_norm(parts, residual, layer.post_norm, eps)
-            parts = self.ranks.total_parts(layer.down(silu_and_mul(layer.gate_up(normed), self.dtype)))
+            parts = self.ranks.total_parts(layer.down(layer.gate_up.gated(normed)))
         if rows.logits_rows is not None:
             parts, residual = parts[:, rows.logits_rows], residual[rows.logits_rows]
         return self._logits(add_rms_norm(parts, residual, self._norm, eps))
-
-    def _attend(self, layer: _Layer, normed: Tensor, rows: Rows, cache: Tensor) -> Tensor:
-        query = rope_append(
-            layer.qkv(normed),
-            self._heads,
-            bias=layer.qkv_bias,
-            norms=layer.norms,
-            angles=self._angles,
-            positions=rows.positions,
-            slots=rows.slots,
-            tables=rows.tables,
-            cache=cache,
-        )
-        return rows.attend(query, cache).view(len(normed), -1)
 
     def _logits(self, normed: Tensor) -> Tensor:
         if len(normed) <= MAX_ROWS:

@@ -1,0 +1,231 @@
+"""What each choice of the GPU engine is worth: one decode step's graph with the choice and without it.
+
+    python benchmarks/gpu_variants.py [--rows 1,64,256] [--output FILE.json]
+
+Each line is a step of the 8B shape with one thing changed; `as it is` is timed first and last, whose difference is
+the noise. Times are medians of replays.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from gpu_step import BLOCK, Machine, event_times_ms, percentiles, shape_of
+from torch import Tensor
+
+from diptych.kernels import (
+    activation_triton,
+    batch_state_triton,
+    decode_attention_triton,
+    norm_triton,
+    nucleus_triton,
+    rope_triton,
+    sampling_triton,
+    skinny_linear_triton,
+)
+from diptych.kernels.decode_attention_triton import DecodePlan
+from diptych.kernels.skinny_linear_triton import SkinnyPlan
+from diptych.worker.device_state import DeviceState
+from diptych.worker.graphs import DecodeGraphs
+from diptych.worker.models import cuda_network
+from diptych.worker.models.cuda_network import PartsLinear
+
+CONTEXTS = {1: 256, 8: 1088, 64: 1088, 256: 1088}
+_MODULES = (
+    activation_triton,
+    batch_state_triton,
+    decode_attention_triton,
+    norm_triton,
+    nucleus_triton,
+    rope_triton,
+    sampling_triton,
+    skinny_linear_triton,
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    patches: tuple[Any, ...] = ()
+
+
+def no_dependent_launch() -> Variant:
+    def plain(device: torch.device) -> dict[str, Any]:
+        return {"PDL": False}
+
+    return Variant("kernels wait to be launched", tuple(patch.object(m, "chained", plain) for m in _MODULES))
+
+
+def products(name: str, rows: int = 16, **fields: Any) -> Variant:
+    """All products of up to `rows` rows skinny, with another plan."""
+    plain, gated = cuda_network.choose, cuda_network.choose_gated
+    return Variant(
+        f"products: {name}",
+        (
+            patch.object(cuda_network, "MAX_ROWS", rows),
+            patch.object(cuda_network, "choose", lambda *a: dataclasses.replace(plain(*a), **fields)),
+            patch.object(cuda_network, "choose_gated", lambda *a: dataclasses.replace(gated(*a), **fields)),
+        ),
+    )
+
+
+def gated(*values: int) -> Variant:
+    plan = SkinnyPlan(*values)
+    return Variant(f"gated {values}", (patch.object(cuda_network, "choose_gated", lambda *a: plan),))
+
+
+def max_rows(count: int) -> Variant:
+    return Variant(f"skinny products up to {count} rows", (patch.object(cuda_network, "MAX_ROWS", count),))
+
+
+def gate_apart() -> Variant:
+    def gated(linear: PartsLinear, x: Tensor) -> Tensor:
+        return activation_triton.silu_and_mul(linear(x), x.dtype)
+
+    return Variant("gate and up in a kernel of their own", (patch.object(PartsLinear, "gated", gated),))
+
+
+def cublas_for(*outputs: int) -> Variant:
+    """The products with so many outputs go through cuBLAS."""
+    ours, gated = PartsLinear.__call__, PartsLinear.gated
+
+    def call(linear: PartsLinear, x: Tensor) -> Tensor:
+        return F.linear(x, linear.weight)[None] if len(linear.weight) in outputs else ours(linear, x)
+
+    def gate(linear: PartsLinear, x: Tensor) -> Tensor:
+        if len(linear.weight) not in outputs:
+            return gated(linear, x)
+        return activation_triton.silu_and_mul(F.linear(x, linear.weight)[None], x.dtype)
+
+    return Variant(
+        f"cuBLAS for {' '.join(map(str, outputs))} outputs",
+        (patch.object(PartsLinear, "__call__", call), patch.object(PartsLinear, "gated", gate)),
+    )
+
+
+def attention(*values: int) -> Variant:
+    plan = DecodePlan(*values)
+    return Variant(f"attention {values}", (patch.object(DecodePlan, "choose", lambda *a: plan),))
+
+
+def variants(rows: int) -> Iterator[Variant]:
+    yield Variant("as it is")
+    yield no_dependent_launch()
+    if rows <= 64:
+        yield gate_apart()
+    if rows == 1:
+        for ahead in (0, 512, 2048, 4096):
+            yield products(f"{ahead} columns ahead", ahead=ahead)
+        for stages in (2, 3, 5):
+            yield products(f"{stages} stages", stages=stages)
+        yield products("4 rows, 1024 columns", block_n=4)
+        yield products("2 rows, 2048 columns", block_n=2, block_k=2048, ahead=2048)
+        yield products("8 rows, 512 columns", block_n=8, block_k=512)
+        yield max_rows(0)
+        for form in (
+            (8, 32, 3, 4),
+            (8, 32, 3, 1),
+            (8, 32, 3, 2),
+            (16, 16, 3, 1),
+            (4, 64, 3, 4),
+            (16, 64, 3, 2),
+        ):
+            yield attention(*form)
+    elif rows <= 64:
+        yield max_rows(64 if rows > 16 else 0)
+        for outputs in (6144, 4096, 28672, 128256) if rows <= 16 else ():
+            yield cublas_for(outputs)
+        if rows > 16:
+            yield products("128 outputs of 8 warps", 64, block_n=128, num_warps=8)
+            yield products("no splits", 64, splits=1)
+            yield products("64 outputs", 64, block_n=64)
+        else:
+            for form in ((16, 128), (32, 128), (64, 64), (16, 256)):
+                yield gated(*form)
+    if rows == 8:
+        for form in (
+            (2, 64, 3, 4),
+            (4, 64, 3, 4),
+            (8, 32, 3, 2),
+            (8, 64, 3, 4, 0),
+            (8, 64, 3, 4, 128),
+            (8, 128, 3, 4),
+        ):
+            yield attention(*form)
+    if rows > 8:
+        for form in (
+            (1, 64, 3, 4, 0), (1, 64, 3, 4, 128), (1, 64, 3, 4, 256), (1, 32, 3, 1), (1, 32, 3, 2), (1, 16, 4, 1),
+            (1, 64, 3, 2), (2, 64, 3, 4),
+        ):  # fmt: skip
+            yield attention(*form)
+    yield Variant("as it is, again")
+
+
+def step_ms(machine: Machine, rows: int) -> tuple[float, list[float]]:
+    context = CONTEXTS[rows]
+    state = DeviceState(rows, machine.blocks_per_row, machine.device)
+    graphs = DecodeGraphs(machine.network, state, machine.pool, [rows])
+    per_row = -(-context // BLOCK)
+    blocks = torch.randperm(machine.num_blocks, device=machine.device).int()
+    state.tables[:, :per_row] = blocks[: rows * per_row].view(rows, per_row)
+    state.rows.copy_(torch.arange(rows))
+    state.field("tokens").copy_(torch.randint(0, 40000, (rows,)))
+    state.field("positions").fill_(context - 1)
+    graphs.capture(lambda fraction: None)
+
+    def step() -> None:
+        state.field("positions").fill_(context - 1)
+        graphs.replay(rows, sampled=False)
+
+    return percentiles(event_times_ms(step, 28 if rows < 256 else 16))
+
+
+def measure(machine: Machine, rows: int, report: Callable[[dict[str, Any]], None]) -> None:
+    for variant in variants(rows):
+        began = time.perf_counter()
+        case: dict[str, Any] = {"rows": rows, "context": CONTEXTS[rows], "variant": variant.name}
+        try:
+            with ExitStack() as stack:
+                for change in variant.patches:
+                    stack.enter_context(change)
+                case["ms"], case["spread"] = step_ms(machine, rows)
+        except Exception as error:  # one that does not compile says so, and the next is tried
+            case["error"] = f"{type(error).__name__}: {error}"[:200]
+        case["took_s"] = time.perf_counter() - began
+        report(case)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", default="1,64,256", metavar="N[,N...]")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    cases: list[dict[str, Any]] = []
+
+    def report(case: dict[str, Any]) -> None:
+        cases.append(case)
+        shown = case.get("error") or f"{case['ms']:.3f} ms {case['spread']}"
+        print(f"{case['rows']:4d} {case['variant']:40s} {shown} ({case['took_s']:.1f} s)", flush=True)
+        if arguments.output is not None:
+            arguments.output.write_text(json.dumps(cases, indent=1) + "\n")
+
+    with torch.inference_mode():
+        torch.manual_seed(0)
+        machine = Machine(shape_of("8b"), flashinfer=False)
+        for rows in arguments.rows.split(","):
+            measure(machine, int(rows), report)
+
+
+if __name__ == "__main__":
+    main()
