@@ -2,13 +2,14 @@
 
 Leaving an exchange early closes its connection, which is how a leg is cancelled. The body is either read
 whole or relayed: then every read goes from the worker's socket to the sink inside `data_received`, and no
-task wakes. Every wait has a deadline, kept by the wheel of the client. Knows nothing of legs or JSON.
+task wakes. Of a body that nobody has asked for yet, a little is held, and the worker must wait with the rest. Every wait has a deadline, kept by the wheel of the client. Knows nothing of legs or JSON.
 
 An exchange that is given a `journal` before it is entered puts the worker's journal lines there: when it
 raises, they are exactly of what was read or relayed. `journal` is None again when the worker keeps none.
 """
 
 import asyncio
+import math
 import time
 from types import TracebackType
 from typing import Protocol, cast
@@ -16,11 +17,13 @@ from typing import Protocol, cast
 from diptych.errors import DeadlineExceeded, DiptychError, WorkerLost
 from diptych.journal import HEADER
 from diptych.router.deadline import within
+from diptych.router.fields import needle
 from diptych.router.http1 import MAX_HEAD_BYTES, Body, ChunkedBody, Head, MalformedResponse
 from diptych.router.settings import Limits
 from diptych.router.wheel import Bucket, Wheel
 
-_JOURNAL_HEADER = HEADER.lower().encode()
+_JOURNAL = needle(HEADER)
+_MAX_UNASKED = 64 * 1024  # bytes of a body that are held before anybody asks for it
 
 
 class Sink(Protocol):
@@ -120,6 +123,7 @@ class Exchange:
         "_parts",
         "_paused",
         "_reused",
+        "_room",
         "_sink",
         "_waiter",
         "head",
@@ -141,6 +145,7 @@ class Exchange:
         self._parts: list[bytes] = []
         self._sink: Sink | None = None
         self._paused = False
+        self._room: float = _MAX_UNASKED
         self._finished = False
         self._error: DiptychError | None = None
         self.last_read = 0.0
@@ -167,6 +172,9 @@ class Exchange:
 
     async def read(self) -> bytes:
         """The whole body."""
+        self._room = math.inf
+        if self._paused:
+            self._resume()
         while not self._finished:
             await self._wait()
         return b"".join(self._parts)
@@ -260,6 +268,8 @@ class Exchange:
             self._pass(payload)
         if self._body.done:
             self._finish()
+        elif self._sink is None or self._paused:
+            self._wake()
 
     def lost(self) -> None:
         """Called by the connection when it is closed."""
@@ -288,12 +298,11 @@ class Exchange:
         self.head, self._body = head, head.body()
         if self.journal is not None:
             self._begin_journal(self._body)
-        self._wake()
         return data
 
     def _begin_journal(self, body: Body) -> None:
         """The worker may not have one, asked for or not: then nor does this exchange."""
-        if self.head.get(_JOURNAL_HEADER) is not None and isinstance(body, ChunkedBody):
+        if self.head.find(_JOURNAL) is not None and isinstance(body, ChunkedBody):
             body.journal = self.journal
         else:
             self.journal = None
@@ -301,12 +310,14 @@ class Exchange:
     def _pass(self, payload: bytes) -> None:
         if self._sink is None:
             self._parts.append(payload)
-            self._wake()
-        elif not self._sink.write(payload) and not self._paused:
+            self._room -= len(payload)
+            has_room = self._room >= 0
+        else:
+            has_room = self._sink.write(payload)
+        if not has_room and not self._paused:
             self._paused = True
             if self._connection is not None and self._connection.transport is not None:
                 self._connection.transport.pause_reading()
-            self._wake()
 
     def _resume(self) -> None:
         self._paused = False
@@ -322,7 +333,7 @@ class Exchange:
         idle_s = self._client.limits.idle_s
         if now >= self._deadline:
             self.fail(self._too_late())
-        elif self._body is None or self._paused:  # computing, or waiting for a slow client: not idle
+        elif self._body is None or self._paused:  # computing, or waiting for us: not idle
             self._set_alarm(now + idle_s)
         elif now >= self.last_read + idle_s:
             self.fail(DeadlineExceeded(f"The worker at {self._client.url} sent nothing for {idle_s:g} s."))

@@ -141,7 +141,7 @@ class FinalLeg:
                     if reply.status in _ELSEWHERE or (early is not None and reply.status != HTTPStatus.OK):
                         self._leg.note_refusal(call, worker, reply)
                         return reply
-                    client.add_timing(reply.head.text("server-timing"))
+                    client.add_timing(reply.head.get("Server-Timing"))
                     response = await client.refuse(reply, left(call))
         metrics.complete.observe(time.monotonic() - started)
         (metrics.errors if client.failed else metrics.completed).inc()
@@ -162,7 +162,7 @@ class FinalLeg:
         client = self._client
         self._is_beyond_repair = exchange.journal is None
         if not client.started:
-            await client.start(first, exchange.head.text("content-type") or "text/event-stream")
+            await client.start(first, exchange.head.get("Content-Type") or "text/event-stream")
         elif first:
             client.write(first)
         await exchange.relay(client)

@@ -161,7 +161,7 @@ class Flow:
                 leg.metrics.completed.inc()
                 leg.metrics.first_token.observe(elapsed_s)
                 leg.metrics.complete.observe(elapsed_s)
-                client.add_timing(reply.head.text("server-timing"))
+                client.add_timing(reply.head.get("Server-Timing"))
                 client.add_timing(f"ctx_leg;dur={elapsed_s * 1000:.2f}")
                 return ContextResult(worker, _prefill_of(worker, reply), reply.body)
             leg.note_refusal(call, worker, reply)

@@ -230,11 +230,19 @@ class Pool:
 
     async def _pause(self, worker: WorkerView, delay_s: float) -> None:
         """Sleep, unless news of the worker come; a loss just found is given its first delay all the same."""
+        is_over = False
+
+        def over() -> None:
+            nonlocal is_over
+            is_over = True
+            worker.kick.set()
+
+        timer = asyncio.get_running_loop().call_later(delay_s, over)  # costs less than a task that waits
         try:
-            await within(delay_s, worker.kick.wait())
-        except asyncio.TimeoutError:
-            return
-        if worker.facts is None and not worker.news:
+            await worker.kick.wait()
+        finally:
+            timer.cancel()
+        if not is_over and worker.facts is None and not worker.news:
             await asyncio.sleep(self._limits.probe_retry_s * self._rng.uniform(0.8, 1.2))
 
     async def _probe(self, worker: WorkerView) -> None:
