@@ -47,7 +47,7 @@ async def test_of_an_early_stream_the_router_holds_little(
     start_router: StartRouter, context, generation, journaled
 ):
     gate = context.script.hold["context"] = asyncio.Event()
-    generation.script.padding, generation.script.keeps_journal = 1 << 20, journaled
+    generation.script.padding, generation.script.keeps_journal = 1 << 18, journaled
     router = await start_router(context, generation, config=EARLY)
     call = asyncio.create_task(router.text(STREAM))
     await generation.wait_for(lambda: generation.seen)
