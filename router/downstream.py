@@ -17,6 +17,7 @@ from diptych.router.fields import needle
 from diptych.router.frontends.openai import error_event
 
 _PASSED_HEADERS = tuple((needle(name), name.encode()) for name in ("Content-Type", "Retry-After"))
+_OK, _BAD_REQUEST = HTTPStatus.OK, HTTPStatus.BAD_REQUEST  # see flow.py
 _STATUS_LINES = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
 }
@@ -92,7 +93,7 @@ class Downstream:
         if not self._chunked:
             self.keep_alive = False
         self._last = first
-        head = self._head(HTTPStatus.OK, content_type.encode("latin-1"), _STREAM_HEADERS + framing)
+        head = self._head(_OK, content_type.encode("latin-1"), _STREAM_HEADERS + framing)
         self._wire.write(head + (self._frame(first) if first else b""))
 
     def write(self, data: bytes) -> bool:
@@ -133,7 +134,7 @@ class Downstream:
             value = reply.head.find(sought)
             if value is not None:
                 framing += b"%b: %b\r\n" % (name, value)
-        self.failed = reply.status >= HTTPStatus.BAD_REQUEST
+        self.failed = reply.status >= _BAD_REQUEST
         self._wire.write(self._head(reply.status, None, framing) + reply.body)
         return Answered(reply.status)
 

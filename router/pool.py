@@ -86,9 +86,10 @@ class Pool:
 
     def unhindered(self, workers: Sequence[WorkerView]) -> Sequence[WorkerView]:
         """Those that may take a leg now: not the ones on probation that are full, unless all of them are."""
-        if all(worker.allowance is None for worker in workers):
-            return workers
-        return [worker for worker in workers if not worker.is_full] or workers
+        for worker in workers:
+            if worker.allowance is not None:
+                return [worker for worker in workers if not worker.is_full] or workers
+        return workers
 
     def models(self) -> tuple[str, ...]:
         """Every name that some worker answers to."""
