@@ -4,8 +4,9 @@
 
 Each router stands between the load client and two mock workers (C programs of router_bench/), one for context
 and one for generation, on the loopback. CPU time is that of the router's whole process tree. All routers are up at
-once and take turns of a few seconds, scenario by scenario: what else the machine does slows all of them down alike,
-and only figures of the same minute are compared. --peers: a virtual environment with sglang-router==0.3.2 and vllm-router==0.1.17.
+once and take turns of two seconds, scenario by scenario: what else the machine does slows all of them down alike,
+and only figures of the same minute are compared. --peers: a virtual environment with sglang-router==0.3.2 and
+vllm-router==0.1.17.
 """
 
 import argparse

@@ -36,7 +36,9 @@ from diptych.router.settings import Limits, RouterSettings
 from diptych.router.worker_view import LegRole, WorkerView
 
 _log = logging.getLogger(__name__)
-_OK = HTTPStatus.OK  # to look up a member of an enumeration costs as much as a regular expression in Python 3.11
+_OK = (
+    HTTPStatus.OK
+)  # to look up a member of an enumeration costs as much as a regular expression in Python 3.11
 
 
 class ContextResult(msgspec.Struct, frozen=True):

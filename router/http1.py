@@ -68,6 +68,20 @@ class Head(Fields):
         return LengthBody(int(length))
 
 
+def split_head(data: bytes) -> tuple[Head, bytes] | None:
+    """The head of a response, and what came after it; None: it is not all here."""
+    while True:
+        end = data.find(b"\r\n\r\n")
+        if end < 0:
+            if len(data) > MAX_HEAD_BYTES or not data.startswith(b"HTTP/1."[: len(data)]):
+                raise MalformedResponse(f"a response begins with {data[:32]!r}")
+            return None
+        head = Head(data[:end])
+        data = data[end + 4 :]
+        if head.status >= 200:  # below: "continue" and the like, the answer is still to come
+            return head, data
+
+
 class Body(Protocol):
     done: bool
     excess: bool  # bytes came after the end: the connection cannot carry another response

@@ -24,7 +24,9 @@ class System:
     name: str
     kind: str  # direct, diptych, sglang or vllm
     num_processes: int = 1
-    schedule_style: str = "context_first"  # of ours; sglang-router sends both legs at once, vllm-router in turn
+    schedule_style: str = (
+        "context_first"  # of ours; sglang-router sends both legs at once, vllm-router in turn
+    )
     environment: Path | None = None  # the virtual environment that it is installed in
 
     def command(self, ports: Ports, folder: Path) -> list[str] | None:

@@ -9,7 +9,7 @@ import pytest
 
 from diptych.errors import DeadlineExceeded, WorkerLost
 from diptych.router.client import WorkerClient
-from diptych.router.exchange import Connection
+from diptych.router.connection import Connection
 from diptych.router.settings import Limits
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"

@@ -4,8 +4,7 @@ import asyncio
 
 import pytest
 
-from tests.router.conftest import Config, StartRouter
-from tests.router.test_flow import STREAM, WHOLE, last_event, no_connections
+from tests.router.conftest import STREAM, WHOLE, Config, StartRouter, last_event, no_connections
 
 EARLY = Config(schedule_style="generation_first")
 
