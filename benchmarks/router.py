@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import signal
 import statistics
 import subprocess
 import tempfile
@@ -77,9 +78,9 @@ class Bench:
         port = ports.generation if router is None else ports.router
         before_s = router.cpu_s() if router else 0.0
         row = self._load(scenario, port)
-        cpu_s = (router.cpu_s() - before_s if router else 0.0) * row["seconds"] / (row["seconds"] + 0.5)
-        row["cpu_us_per_request"] = cpu_s / row["requests"] * 1e6 if row["requests"] else None
-        row["cpu_us_per_event"] = cpu_s / row["events"] * 1e6 if row["events"] else None
+        cpu_us = (router.cpu_s() - before_s) * 1e6 if router else 0.0
+        row["cpu_us_per_request"] = cpu_us / row["all_requests"] if row["all_requests"] else None
+        row["cpu_us_per_event"] = cpu_us / row["all_events"] if row["all_events"] else None
         row["memory_mb"] = router.memory_mb() if router else None
         return {"scenario": scenario.name, **row}
 
@@ -166,6 +167,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=HERE / "results" / "router.json")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no router is left behind
     chosen = [s for s in systems(options.peers) if any(part in s.name for part in options.only.split(","))]
     scenarios = [s for s in SCENARIOS if any(part in s.name for part in options.scenario.split(","))]
     report = {"benchmark": "router", "machine": machine.describe(), "rounds": options.rounds}
