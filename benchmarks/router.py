@@ -3,13 +3,17 @@
     python benchmarks/router.py [--peers VENV] [--rounds 3] [--only NAME,...] [--scenario NAME,...]
 
 Each router stands between the load client and two mock workers (C programs of router_bench/), one for context
-and one for generation, on the loopback. CPU time is that of the router's whole process tree. The routers take
-turns within each round. --peers: a virtual environment with sglang-router==0.3.2 and vllm-router==0.1.17.
+and one for generation, on the loopback. CPU time is that of the router's whole process tree. All routers are up at
+once and take turns of two seconds, scenario by scenario: what else the machine does slows all of them down alike,
+and only figures of the same minute are compared. --peers: a virtual environment with sglang-router==0.3.2 and
+vllm-router==0.1.17.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
+import signal
 import statistics
 import subprocess
 import tempfile
@@ -45,29 +49,38 @@ class Bench:
         self._mock = build(sources / "mock_worker.c", folder)
         self._client = build(sources / "load_client.c", folder)
 
-    def measure(self, system: System, scenarios: list[Scenario]) -> Iterator[dict[str, Any]]:
-        """Workers and router are new for each speed of tokens, as that is the worker's."""
+    def measure(
+        self, systems: list[System], scenarios: list[Scenario], num_rounds: int
+    ) -> Iterator[dict[str, Any]]:
+        """Workers and routers are new for each speed of tokens, as that is the worker's."""
         for tick_us, group in itertools.groupby(scenarios, key=lambda scenario: scenario.tick_us):
             with ExitStack() as stack:
-                ports = Ports(*(free_port() for _ in range(4)))
-                for port, role in ((ports.context, "prefill"), (ports.generation, "decode")):
-                    command = [str(self._mock), str(port), str(tick_us if role == "decode" else 0), role]
-                    stack.enter_context(self._process(command, port, role))
-                command_ = system.command(ports, self._folder)
-                router = None
-                if command_ is not None:
-                    router = stack.enter_context(self._process(command_, ports.router, system.kind))
-                for scenario in group:
-                    yield self._run(scenario, router, ports)
+                started = [(system, *self._start(system, tick_us, stack)) for system in systems]
+                turns = itertools.product(list(group), range(num_rounds), started)
+                for scenario, round_, (system, router, ports) in turns:
+                    if round_ == 0:
+                        warm_up = dataclasses.replace(scenario, seconds=0.3)
+                        self._load(warm_up, ports.generation if router is None else ports.router)
+                    yield {"system": system.name, "round": round_, **self._run(scenario, router, ports)}
+
+    def _start(self, system: System, tick_us: int, stack: ExitStack) -> tuple[Process | None, Ports]:
+        """The router with workers of its own; `direct` is none."""
+        ports = Ports(*(free_port() for _ in range(4)))
+        for port, role in ((ports.context, "prefill"), (ports.generation, "decode")):
+            command = [str(self._mock), str(port), str(tick_us if role == "decode" else 0), role]
+            stack.enter_context(self._process(command, port, role))
+        router = system.command(ports, self._folder)
+        if router is None:
+            return None, ports
+        return stack.enter_context(self._process(router, ports.router, system.kind)), ports
 
     def _run(self, scenario: Scenario, router: Process | None, ports: Ports) -> dict[str, Any]:
         port = ports.generation if router is None else ports.router
-        self._load(Scenario("", scenario.mode, scenario.concurrency, 0.3, scenario.max_tokens), port)
         before_s = router.cpu_s() if router else 0.0
         row = self._load(scenario, port)
-        cpu_s = (router.cpu_s() - before_s if router else 0.0) * row["seconds"] / (row["seconds"] + 0.5)
-        row["cpu_us_per_request"] = cpu_s / row["requests"] * 1e6 if row["requests"] else None
-        row["cpu_us_per_event"] = cpu_s / row["events"] * 1e6 if row["events"] else None
+        cpu_us = (router.cpu_s() - before_s) * 1e6 if router else 0.0
+        row["cpu_us_per_request"] = cpu_us / row["all_requests"] if row["all_requests"] else None
+        row["cpu_us_per_event"] = cpu_us / row["all_events"] if row["all_events"] else None
         row["memory_mb"] = router.memory_mb() if router else None
         return {"scenario": scenario.name, **row}
 
@@ -113,20 +126,20 @@ def _add_latency(summary: dict[str, dict[str, Any]]) -> None:
                     entry[f"added_{column}"] = round(entry[column] - direct[column], 1)
 
 
-def ratios(summary: dict[str, dict[str, Any]], ours: str = "diptych") -> dict[str, dict[str, float]]:
-    """Our CPU time against the better Rust router's, least against least: below 1 is better."""
+def ratios(rows: Rows, ours: str) -> dict[str, dict[str, float]]:
+    """scenario -> Rust router -> our CPU time over its, the median of the rounds: below 1 is better."""
     found: dict[str, dict[str, float]] = {}
-    for scenario, entries in summary.items():
+    runs = {(row["scenario"], row["system"], row["round"]): row for row in rows}
+    for scenario, rival in dict.fromkeys((row["scenario"], row["system"]) for row in rows):
         unit = "cpu_us_per_event" if scenario.startswith("stream") else "cpu_us_per_request"
-        for statistic in (unit, f"{unit}_min"):
-            rivals = [
-                entry[statistic]
-                for name, entry in entries.items()
-                if "-router" in name and statistic in entry
-            ]
-            mine = entries.get(ours, {}).get(statistic)
-            if rivals and mine:
-                found.setdefault(scenario, {})[statistic] = round(mine / min(rivals), 2)
+        pairs = [
+            (runs[scenario, ours, round_][unit], row[unit])
+            for (of, system, round_), row in runs.items()
+            if (of, system) == (scenario, rival) and (scenario, ours, round_) in runs
+        ]
+        quotients = [mine / theirs for mine, theirs in pairs if mine and theirs]
+        if rival.endswith("-router") and quotients:
+            found.setdefault(scenario, {})[rival] = round(statistics.median(quotients), 2)
     return found
 
 
@@ -154,6 +167,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=HERE / "results" / "router.json")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no router is left behind
     chosen = [s for s in systems(options.peers) if any(part in s.name for part in options.only.split(","))]
     scenarios = [s for s in SCENARIOS if any(part in s.name for part in options.scenario.split(","))]
     report = {"benchmark": "router", "machine": machine.describe(), "rounds": options.rounds}
@@ -161,15 +175,15 @@ def main() -> None:
     rows: Rows = []
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
-        for round_, system in itertools.product(range(options.rounds), chosen):
-            for row in bench.measure(system, scenarios):
-                rows.append({"system": system.name, "round": round_, **row})
-                cpu = row["cpu_us_per_event"] or row["cpu_us_per_request"] or 0.0
-                print(f"{round_} {system.name:22s} {row['scenario']:14s} {cpu:8.1f} us", flush=True)
+        for row in bench.measure(chosen, scenarios, options.rounds):
+            rows.append(row)
+            cpu = row["cpu_us_per_event"] or row["cpu_us_per_request"] or 0.0
+            print(f"{row['round']} {row['system']:22s} {row['scenario']:14s} {cpu:8.1f} us", flush=True)
     summary = summarise(rows)
     print(table(summary))
-    print("\nour CPU time / the better Rust router's:", json.dumps(ratios(summary), indent=1))
-    report |= {"summary": summary, "cpu_ratio_to_better_rust_router": ratios(summary), "runs": rows}
+    report |= {"summary": summary, "runs": rows}
+    report["cpu_ratio"] = {name: ratios(rows, name) for name in ("diptych", "diptych both at once")}
+    print("\nour CPU time over the Rust routers':", json.dumps(report["cpu_ratio"], indent=1))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(report, indent=1) + "\n")
     print(f"written to {options.output}")

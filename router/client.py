@@ -11,8 +11,9 @@ from types import MappingProxyType
 
 from diptych.discovery.address import parse_address
 from diptych.errors import DeadlineExceeded, WorkerLost
+from diptych.router.connection import Connection
 from diptych.router.deadline import within
-from diptych.router.exchange import Connection, Exchange, Reply
+from diptych.router.exchange import Exchange, Reply
 from diptych.router.http1 import build_request
 from diptych.router.settings import Limits
 from diptych.router.wheel import Wheel

@@ -13,9 +13,11 @@ import orjson
 from diptych.errors import DiptychError
 from diptych.router.deadline import within
 from diptych.router.exchange import Reply
+from diptych.router.fields import needle
 from diptych.router.frontends.openai import error_event
 
-_PASSED_HEADERS = (("content-type", b"Content-Type"), ("retry-after", b"Retry-After"))
+_PASSED_HEADERS = tuple((needle(name), name.encode()) for name in ("Content-Type", "Retry-After"))
+_OK, _BAD_REQUEST = HTTPStatus.OK, HTTPStatus.BAD_REQUEST  # see flow.py
 _STATUS_LINES = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
 }
@@ -76,7 +78,9 @@ class Downstream:
 
     def set_header(self, name: str, value: str) -> None:
         """`value` may come from anywhere: what could end the line is left out."""
-        self._headers += f"{name}: {value.translate(_NO_CONTROLS)}\r\n".encode("latin-1", "replace")
+        if not value.isprintable():
+            value = value.translate(_NO_CONTROLS)
+        self._headers += f"{name}: {value}\r\n".encode("latin-1", "replace")
 
     def add_timing(self, timing: str | None) -> None:
         """One or more entries of Server-Timing."""
@@ -89,7 +93,7 @@ class Downstream:
         if not self._chunked:
             self.keep_alive = False
         self._last = first
-        head = self._head(HTTPStatus.OK, content_type.encode("latin-1"), _STREAM_HEADERS + framing)
+        head = self._head(_OK, content_type.encode("latin-1"), _STREAM_HEADERS + framing)
         self._wire.write(head + (self._frame(first) if first else b""))
 
     def write(self, data: bytes) -> bool:
@@ -126,11 +130,11 @@ class Downstream:
     def pass_on(self, reply: Reply) -> Answered:
         """A worker's answer as it is."""
         framing = b"Content-Length: %d\r\n" % len(reply.body)
-        for name, shown in _PASSED_HEADERS:
-            value = reply.head.get(name.encode())
+        for sought, name in _PASSED_HEADERS:
+            value = reply.head.find(sought)
             if value is not None:
-                framing += b"%b: %b\r\n" % (shown, value)
-        self.failed = reply.status >= HTTPStatus.BAD_REQUEST
+                framing += b"%b: %b\r\n" % (name, value)
+        self.failed = reply.status >= _BAD_REQUEST
         self._wire.write(self._head(reply.status, None, framing) + reply.body)
         return Answered(reply.status)
 

@@ -1,8 +1,8 @@
 """A generation leg that is sent together with its context leg (schedule_style generation_first).
 
-It follows the prefill from engine to engine and may have its first bytes before the context leg has answered; they
-wait here until the client has those of the context leg. Whatever goes wrong with it costs nothing but the time
-saved: the leg is then sent once more, in context_first's order.
+It follows the prefill from engine to engine and may have its first bytes before the context leg has answered; a few
+of them wait in the exchange until the client has those of the context leg, the worker waits with the rest. Whatever
+goes wrong with it costs nothing but the time saved: the leg is then sent once more, in context_first's order.
 """
 
 import asyncio

@@ -2,25 +2,29 @@
 
 Leaving an exchange early closes its connection, which is how a leg is cancelled. The body is either read
 whole or relayed: then every read goes from the worker's socket to the sink inside `data_received`, and no
-task wakes. Every wait has a deadline, kept by the wheel of the client. Knows nothing of legs or JSON.
+task wakes. Of a body that nobody has asked for yet, a little is held, and the worker must wait with the rest.
+Every wait has a deadline, kept by the wheel of the client. Knows nothing of legs or JSON.
 
 An exchange that is given a `journal` before it is entered puts the worker's journal lines there: when it
 raises, they are exactly of what was read or relayed. `journal` is None again when the worker keeps none.
 """
 
 import asyncio
+import math
 import time
 from types import TracebackType
-from typing import Protocol, cast
+from typing import Protocol
 
 from diptych.errors import DeadlineExceeded, DiptychError, WorkerLost
 from diptych.journal import HEADER
+from diptych.router.connection import Connection, Connections
 from diptych.router.deadline import within
-from diptych.router.http1 import MAX_HEAD_BYTES, Body, ChunkedBody, Head, MalformedResponse
-from diptych.router.settings import Limits
-from diptych.router.wheel import Bucket, Wheel
+from diptych.router.fields import needle
+from diptych.router.http1 import Body, ChunkedBody, Head, MalformedResponse, split_head
+from diptych.router.wheel import Bucket
 
-_JOURNAL_HEADER = HEADER.lower().encode()
+_JOURNAL = needle(HEADER)
+_MAX_UNASKED = 64 * 1024  # bytes of a body that are held before anybody asks for it
 
 
 class Sink(Protocol):
@@ -43,61 +47,8 @@ class Reply:
         self.body = body
 
 
-class Connections(Protocol):
-    """Where an exchange gets its connection from (see client.py)."""
-
-    @property
-    def url(self) -> str: ...
-    @property
-    def limits(self) -> Limits: ...
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop: ...
-    @property
-    def wheel(self) -> Wheel: ...
-
-    def take_idle(self) -> "Connection | None":
-        """A kept connection, which the worker may have closed meanwhile."""
-
-    async def connect(self, deadline: float) -> "Connection":
-        """A new connection; raises WorkerLost or DeadlineExceeded."""
-
-    def give_back(self, connection: "Connection", *, reusable: bool) -> None: ...
-
-
 class _StaleConnection(WorkerLost):
     """A kept connection that the worker had closed before it saw the request."""
-
-
-class Connection(asyncio.Protocol):
-    """One TCP connection; carries one exchange at a time."""
-
-    __slots__ = ("_open", "exchange", "idle_since", "transport")
-
-    def __init__(self, open_connections: "set[Connection]") -> None:
-        self._open = open_connections
-        self.transport: asyncio.Transport | None = None
-        self.exchange: Exchange | None = None
-        self.idle_since = 0.0
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast("asyncio.Transport", transport)  # uvloop's is one in all but name
-        self._open.add(self)
-
-    def data_received(self, data: bytes) -> None:
-        if self.exchange is not None:
-            self.exchange.feed(data)
-        else:
-            self.abort()  # bytes that nobody asked for
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.transport = None
-        self._open.discard(self)
-        if self.exchange is not None:
-            self.exchange.lost()
-
-    def abort(self) -> None:
-        if self.transport is not None:
-            self.transport.abort()
 
 
 class Exchange:
@@ -120,6 +71,7 @@ class Exchange:
         "_parts",
         "_paused",
         "_reused",
+        "_room",
         "_sink",
         "_waiter",
         "head",
@@ -141,6 +93,7 @@ class Exchange:
         self._parts: list[bytes] = []
         self._sink: Sink | None = None
         self._paused = False
+        self._room: float = _MAX_UNASKED
         self._finished = False
         self._error: DiptychError | None = None
         self.last_read = 0.0
@@ -167,6 +120,9 @@ class Exchange:
 
     async def read(self) -> bytes:
         """The whole body."""
+        self._room = math.inf
+        if self._paused:
+            self._resume()
         while not self._finished:
             await self._wait()
         return b"".join(self._parts)
@@ -260,6 +216,8 @@ class Exchange:
             self._pass(payload)
         if self._body.done:
             self._finish()
+        elif self._sink is None or self._paused:
+            self._wake()
 
     def lost(self) -> None:
         """Called by the connection when it is closed."""
@@ -273,27 +231,20 @@ class Exchange:
 
     def _read_head(self, data: bytes) -> bytes:
         data = self._partial_head + data
-        while True:
-            end = data.find(b"\r\n\r\n")
-            if end < 0:
-                if len(data) > MAX_HEAD_BYTES or not data.startswith(b"HTTP/1."[: len(data)]):
-                    raise MalformedResponse(f"a response begins with {data[:32]!r}")
-                self._partial_head = data
-                return b""
-            head = Head(data[:end])
-            data = data[end + 4 :]
-            if head.status >= 200:  # below: "continue" and the like, the answer is still to come
-                break
+        found = split_head(data)
+        if found is None:
+            self._partial_head = data
+            return b""
         self._partial_head = b""
-        self.head, self._body = head, head.body()
+        self.head, data = found
+        self._body = self.head.body()
         if self.journal is not None:
             self._begin_journal(self._body)
-        self._wake()
         return data
 
     def _begin_journal(self, body: Body) -> None:
         """The worker may not have one, asked for or not: then nor does this exchange."""
-        if self.head.get(_JOURNAL_HEADER) is not None and isinstance(body, ChunkedBody):
+        if self.head.find(_JOURNAL) is not None and isinstance(body, ChunkedBody):
             body.journal = self.journal
         else:
             self.journal = None
@@ -301,12 +252,14 @@ class Exchange:
     def _pass(self, payload: bytes) -> None:
         if self._sink is None:
             self._parts.append(payload)
-            self._wake()
-        elif not self._sink.write(payload) and not self._paused:
+            self._room -= len(payload)
+            has_room = self._room >= 0
+        else:
+            has_room = self._sink.write(payload)
+        if not has_room and not self._paused:
             self._paused = True
             if self._connection is not None and self._connection.transport is not None:
                 self._connection.transport.pause_reading()
-            self._wake()
 
     def _resume(self) -> None:
         self._paused = False
@@ -322,7 +275,7 @@ class Exchange:
         idle_s = self._client.limits.idle_s
         if now >= self._deadline:
             self.fail(self._too_late())
-        elif self._body is None or self._paused:  # computing, or waiting for a slow client: not idle
+        elif self._body is None or self._paused:  # computing, or waiting for us: not idle
             self._set_alarm(now + idle_s)
         elif now >= self.last_read + idle_s:
             self.fail(DeadlineExceeded(f"The worker at {self._client.url} sent nothing for {idle_s:g} s."))

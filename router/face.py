@@ -15,7 +15,8 @@ import orjson
 
 from diptych.errors import DeadlineExceeded, DiptychError, InvalidRequest, PayloadTooLarge
 from diptych.router.downstream import ClientGone, Downstream
-from diptych.router.http1 import ChunkedBody, MalformedResponse
+from diptych.router.http1 import MalformedResponse
+from diptych.router.request_body import RequestBody
 from diptych.router.request_head import MAX_HEAD_BYTES, BadRequest, RequestHead
 
 _HIGH_WATER = 256 * 1024
@@ -54,9 +55,6 @@ class Face(asyncio.Protocol):
         "_faces",
         "_head",
         "_lingers",
-        "_missing",
-        "_num_bytes",
-        "_parts",
         "_since",
         "_task",
         "_transport",
@@ -70,10 +68,7 @@ class Face(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._ahead = b""  # came, and is not looked at yet
         self._head: RequestHead | None = None  # of the request whose body is arriving
-        self._body: ChunkedBody | None = None
-        self._parts: list[bytes] = []
-        self._num_bytes = 0  # of the body, so far
-        self._missing = 0  # of a body of known length; of another: what came since its last whole chunk
+        self._body: RequestBody | None = None
         self._body_timer: asyncio.TimerHandle | None = None
         self._arrived = 0.0
         self._since = 0.0  # of what it waits for: a request's begin, or its head's end
@@ -206,12 +201,12 @@ class Face(asyncio.Protocol):
 
     def _expect_body(self, head: RequestHead) -> None:
         faces = self._faces
-        if head.length > faces.max_body_bytes:
-            self._refuse_body()
+        try:
+            self._body = RequestBody(head, faces.max_body_bytes)
+        except PayloadTooLarge as error:
+            self._refuse(error, error.status)
             return
         self._head = head
-        self._body = ChunkedBody() if head.is_chunked else None
-        self._missing = head.length
         self._body_timer = faces.loop.call_later(faces.body_s, self._body_is_late)
         begun, self._ahead = self._ahead, b""
         if head.expects_continue and not begun:
@@ -219,40 +214,24 @@ class Face(asyncio.Protocol):
         self._take_body(begun)
 
     def _take_body(self, data: bytes) -> None:
-        head = self._head
-        assert head is not None
-        if self._body is None:
-            part, data = data[: self._missing], data[self._missing :]
-            self._missing -= len(part)
-            is_complete = self._missing == 0
+        head, body = self._head, self._body
+        assert head is not None and body is not None
+        try:
+            rest = body.feed(data)
+        except PayloadTooLarge as error:
+            self._refuse(error, error.status)
+        except MalformedResponse as error:
+            message = f"The request's body is malformed: {error}."
+            self._refuse(InvalidRequest(message, code="invalid_http"), HTTPStatus.BAD_REQUEST)
         else:
-            self._missing += len(data)
-            try:
-                part, data = self._body.feed(data) if data else b"", b""
-            except MalformedResponse as error:
-                message = f"The request's body is malformed: {error}."
-                self._refuse(InvalidRequest(message, code="invalid_http"), HTTPStatus.BAD_REQUEST)
-                return
-            is_complete = self._body.done
-            if self._body.excess:
-                head.keep_alive = False  # the begin of the next request is lost
-            if part:
-                self._missing = 0
-        self._parts.append(part)
-        self._num_bytes += len(part)
-        limit = self._faces.max_body_bytes
-        if self._num_bytes > limit or (self._body is not None and self._missing > limit + _MAX_AHEAD):
-            self._refuse_body()
-        elif is_complete:
-            body = b"".join(self._parts)
-            self._stop_waiting_for_body()
-            self._ahead = data
-            self._begin(head, body)
+            if body.is_complete:
+                head.keep_alive = head.keep_alive and not body.is_last
+                self._stop_waiting_for_body()
+                self._ahead = rest
+                self._begin(head, body.whole())
 
     def _stop_waiting_for_body(self) -> None:
         self._head = self._body = None
-        self._parts = []
-        self._num_bytes = 0
         if self._body_timer is not None:
             self._body_timer.cancel()
             self._body_timer = None
@@ -260,12 +239,6 @@ class Face(asyncio.Protocol):
     def _body_is_late(self) -> None:
         message = f"The request body did not arrive within {self._faces.body_s:g} s."
         self._refuse(DeadlineExceeded(message), DeadlineExceeded.status)
-
-    def _refuse_body(self) -> None:
-        limit = self._faces.max_body_bytes
-        self._refuse(
-            PayloadTooLarge(f"The request body is over the limit of {limit} bytes."), PayloadTooLarge.status
-        )
 
     def _refuse(self, error: DiptychError, status: int) -> None:
         """Answer what cannot be taken in, and close: what follows cannot be told apart any more."""

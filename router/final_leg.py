@@ -20,6 +20,7 @@ from diptych.journal import END, JournalError, read_journal
 from diptych.router.downstream import Answered, Downstream
 from diptych.router.early_leg import EarlyLeg
 from diptych.router.exchange import Exchange, Reply
+from diptych.router.fields import needle
 from diptych.router.frontends.openai import Call, Prefill
 from diptych.router.leg import Leg, is_late, left
 from diptych.router.pool import Pool
@@ -28,7 +29,8 @@ from diptych.wire import FETCHED_HEADER
 
 _log = logging.getLogger(__name__)
 
-_FETCHED = FETCHED_HEADER.lower().encode()
+_FETCHED = needle(FETCHED_HEADER)
+_OK = HTTPStatus.OK  # see flow.py
 _ELSEWHERE = {429, 500, 502, 503}  # statuses that another worker may do better
 
 # Workers to try, none of the given ones; each that is given out is added to them.
@@ -131,17 +133,17 @@ class FinalLeg:
         with worker:
             async with self._send(worker) if early is None else early.take() as exchange:
                 self._note_fetched(exchange)
-                if exchange.status == HTTPStatus.OK and call.stream:
+                if exchange.status == _OK and call.stream:
                     first = await exchange.first()
                     metrics.first_token.observe(time.monotonic() - started)
                     await self._relay(exchange, first)
                     response = await client.finish(left(call))
                 else:
                     reply = Reply(exchange.head, await exchange.read())
-                    if reply.status in _ELSEWHERE or (early is not None and reply.status != HTTPStatus.OK):
+                    if reply.status in _ELSEWHERE or (early is not None and reply.status != _OK):
                         self._leg.note_refusal(call, worker, reply)
                         return reply
-                    client.add_timing(reply.head.text("server-timing"))
+                    client.add_timing(reply.head.get("Server-Timing"))
                     response = await client.refuse(reply, left(call))
         metrics.complete.observe(time.monotonic() - started)
         (metrics.errors if client.failed else metrics.completed).inc()
@@ -149,7 +151,7 @@ class FinalLeg:
 
     def _note_fetched(self, exchange: Exchange) -> None:
         """A worker that computes the prompt may be one that cannot reach the context worker to tell it so."""
-        fetched = exchange.head.get(_FETCHED)
+        fetched = exchange.head.find(_FETCHED)
         self._knows_fetched = fetched is not None
         if fetched == b"0" and self._release is not None:
             self._release(None)
@@ -162,7 +164,7 @@ class FinalLeg:
         client = self._client
         self._is_beyond_repair = exchange.journal is None
         if not client.started:
-            await client.start(first, exchange.head.text("content-type") or "text/event-stream")
+            await client.start(first, exchange.head.get("Content-Type") or "text/event-stream")
         elif first:
             client.write(first)
         await exchange.relay(client)

@@ -36,6 +36,9 @@ from diptych.router.settings import Limits, RouterSettings
 from diptych.router.worker_view import LegRole, WorkerView
 
 _log = logging.getLogger(__name__)
+_OK = (
+    HTTPStatus.OK
+)  # to look up a member of an enumeration costs as much as a regular expression in Python 3.11
 
 
 class ContextResult(msgspec.Struct, frozen=True):
@@ -97,7 +100,7 @@ class Flow:
                 settled = True  # nothing is held for a sequence that has ended
                 if client.started:
                     return await client.finish(left(call))
-                return client.answer(HTTPStatus.OK, client_answer(context.body))
+                return client.answer(_OK, client_answer(context.body))
             model = call.model or next(iter(context.worker.models), None)  # both legs: one model
             workers = partial(self._workers, route, model, ("GENERATION", "CONTEXT"))
             final = self._final_leg(call, client, workers, context, early)
@@ -156,12 +159,12 @@ class Flow:
                     raise
                 failure = error
                 continue
-            if reply.status == HTTPStatus.OK:
+            if reply.status == _OK:
                 elapsed_s = time.monotonic() - started
                 leg.metrics.completed.inc()
                 leg.metrics.first_token.observe(elapsed_s)
                 leg.metrics.complete.observe(elapsed_s)
-                client.add_timing(reply.head.text("server-timing"))
+                client.add_timing(reply.head.get("Server-Timing"))
                 client.add_timing(f"ctx_leg;dur={elapsed_s * 1000:.2f}")
                 return ContextResult(worker, _prefill_of(worker, reply), reply.body)
             leg.note_refusal(call, worker, reply)
@@ -196,7 +199,8 @@ class Flow:
                 yield worker
 
     def _check_model(self, model: str | None) -> None:
-        if model is None or any(worker.serves(model) for worker in self._pool.workers):
+        pool = self._pool
+        if model is None or pool.ready("GENERATION", model) or any(w.serves(model) for w in pool.workers):
             return
         names = self._pool.models()
         if names:

@@ -3,10 +3,16 @@
 Does only what our workers and common HTTP servers send; anything else is a MalformedResponse.
 """
 
+from functools import lru_cache
 from typing import Protocol
+
+from diptych.router.fields import Fields, needle
 
 MAX_HEAD_BYTES = 64 * 1024
 _MAX_SIZE_LINE = 1024
+_CONNECTION = needle("Connection")
+_CONTENT_LENGTH = needle("Content-Length")
+_TRANSFER_ENCODING = needle("Transfer-Encoding")
 
 
 class MalformedResponse(Exception):
@@ -15,69 +21,65 @@ class MalformedResponse(Exception):
 
 def build_request(method: str, path: str, netloc: str, headers: bytes, body: bytes) -> bytes:
     """A whole request as one buffer, for one write. `headers` are ready lines, each ended by CRLF."""
+    begin = _begin(method, path, netloc)
     if not body:
-        return b"%b %b HTTP/1.1\r\nHost: %b\r\n%b\r\n" % (
-            method.encode(),
-            path.encode(),
-            netloc.encode(),
-            headers,
-        )
-    return (
-        b"%b %b HTTP/1.1\r\nHost: %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%b\r\n%b"
-        % (
-            method.encode(),
-            path.encode(),
-            netloc.encode(),
-            len(body),
-            headers,
-            body,
-        )
+        return b"%b%b\r\n" % (begin, headers)
+    return b"%bContent-Type: application/json\r\nContent-Length: %d\r\n%b\r\n%b" % (
+        begin,
+        len(body),
+        headers,
+        body,
     )
 
 
-class Head:
-    """Status line and headers. Headers are searched in place: few of them are ever looked at."""
+@lru_cache(maxsize=256)
+def _begin(method: str, path: str, netloc: str) -> bytes:
+    return f"{method} {path} HTTP/1.1\r\nHost: {netloc}\r\n".encode()
 
-    __slots__ = ("_lower", "_raw", "status")
+
+class Head(Fields):
+    """Status line and header fields."""
+
+    __slots__ = ("status",)
 
     def __init__(self, raw: bytes) -> None:
         if not raw.startswith(b"HTTP/1.") or raw[8:9] != b" " or not raw[9:12].isdigit():
             raise MalformedResponse(f"a response begins with {raw[:32]!r}")
+        super().__init__(raw)
         self.status = int(raw[9:12])
-        self._raw = raw
-        self._lower = raw.lower()
-
-    def get(self, name: bytes) -> bytes | None:
-        """The value of the first header of this (lower-case) name."""
-        start = self._lower.find(b"\r\n%b:" % name)
-        if start < 0:
-            return None
-        start += len(name) + 3
-        end = self._raw.find(b"\r\n", start)
-        return self._raw[start : len(self._raw) if end < 0 else end].strip()
-
-    def text(self, name: str) -> str | None:
-        value = self.get(name.encode())
-        return None if value is None else value.decode("latin-1")
 
     @property
     def keep_alive(self) -> bool:
         if self._raw.startswith(b"HTTP/1.0"):
             return False
-        return b"close" not in (self.get(b"connection") or b"").lower()
+        return b"close" not in (self.find(_CONNECTION) or b"").lower()
 
     def body(self) -> "Body":
         """The reader of the body that this head announces."""
         if self.status in (204, 304):
             return LengthBody(0)
-        if b"chunked" in (self.get(b"transfer-encoding") or b"").lower():
+        if b"chunked" in (self.find(_TRANSFER_ENCODING) or b"").lower():
             return ChunkedBody()
-        length = self.get(b"content-length")
+        length = self.find(_CONTENT_LENGTH)
         if length is None:
             return CloseBody()
         if not length.isdigit():
             raise MalformedResponse(f"Content-Length is {length!r}")
         return LengthBody(int(length))
+
+
+def split_head(data: bytes) -> tuple[Head, bytes] | None:
+    """The head of a response, and what came after it; None: it is not all here."""
+    while True:
+        end = data.find(b"\r\n\r\n")
+        if end < 0:
+            if len(data) > MAX_HEAD_BYTES or not data.startswith(b"HTTP/1."[: len(data)]):
+                raise MalformedResponse(f"a response begins with {data[:32]!r}")
+            return None
+        head = Head(data[:end])
+        data = data[end + 4 :]
+        if head.status >= 200:  # below: "continue" and the like, the answer is still to come
+            return head, data
 
 
 class Body(Protocol):

@@ -82,7 +82,7 @@ def unavailable(worker: WorkerView, reply: Reply) -> Unavailable:
         message, code = str(error["message"]), error.get("code")
     except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
         message, code = f"The worker at {worker.client.url} answers 503.", None
-    retry_after = reply.head.text("retry-after") or ""
+    retry_after = reply.head.get("Retry-After") or ""
     return Unavailable(
         message, code=code, retry_after_s=float(retry_after) if retry_after.isdigit() else None
     )

@@ -86,9 +86,10 @@ class Pool:
 
     def unhindered(self, workers: Sequence[WorkerView]) -> Sequence[WorkerView]:
         """Those that may take a leg now: not the ones on probation that are full, unless all of them are."""
-        if all(worker.allowance is None for worker in workers):
-            return workers
-        return [worker for worker in workers if not worker.is_full] or workers
+        for worker in workers:
+            if worker.allowance is not None:
+                return [worker for worker in workers if not worker.is_full] or workers
+        return workers
 
     def models(self) -> tuple[str, ...]:
         """Every name that some worker answers to."""
@@ -230,11 +231,19 @@ class Pool:
 
     async def _pause(self, worker: WorkerView, delay_s: float) -> None:
         """Sleep, unless news of the worker come; a loss just found is given its first delay all the same."""
+        is_over = False
+
+        def over() -> None:
+            nonlocal is_over
+            is_over = True
+            worker.kick.set()
+
+        timer = asyncio.get_running_loop().call_later(delay_s, over)  # costs less than a task that waits
         try:
-            await within(delay_s, worker.kick.wait())
-        except asyncio.TimeoutError:
-            return
-        if worker.facts is None and not worker.news:
+            await worker.kick.wait()
+        finally:
+            timer.cancel()
+        if not is_over and worker.facts is None and not worker.news:
             await asyncio.sleep(self._limits.probe_retry_s * self._rng.uniform(0.8, 1.2))
 
     async def _probe(self, worker: WorkerView) -> None:

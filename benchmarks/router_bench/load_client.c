@@ -5,7 +5,7 @@
  * PAUSE_US is the mean of a connection's pause between two requests (evenly from 0 to twice that).
  * Prints one JSON line: requests, latency and time to the first event (us, 50th and 99th percentile), events, the
  * one-way delay of events (us; from the "t" that mock_worker.c writes into each), errors. Requests that began
- * in the warm-up are not counted.
+ * in the warm-up are not counted, but in all_requests and all_events: what the router spent CPU time on.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -54,7 +54,7 @@ static Connection *connections;
 static int concurrency, timer;
 static long long timer_due_ns; /* 0: it is not set */
 static Samples latencies, first_events, delays;
-static long num_requests, num_errors, num_refused, num_events;
+static long num_requests, num_errors, num_refused, num_events, all_requests, all_events;
 
 static long long now_ns(void) {
     struct timespec time;
@@ -114,6 +114,7 @@ static void open_again(Connection *connection) {
 
 static void end_request(Connection *connection, long long at_ns) {
     connection->running = false;
+    all_requests++;
     if (connection->started_ns < measured_from_ns) return;
     num_requests++;
     add(&latencies, at_ns - connection->started_ns);
@@ -136,6 +137,7 @@ static void read_events(Connection *connection, const char *data, size_t length,
         } else {
             connection->digits[connection->num_digits] = 0;
             connection->num_digits = -1;
+            all_events++;
             if (at_ns < measured_from_ns) continue;
             num_events++;
             add(&delays, at_ns - atoll(connection->digits));
@@ -324,6 +326,7 @@ int main(int count, char **arguments) {
     double elapsed_s = (now_ns() - measured_from_ns) / 1e9;
     printf("{\"seconds\":%.3f,\"requests\":%ld,\"errors\":%ld,\"refused\":%ld,\"events\":%ld,", elapsed_s, num_requests,
            num_errors, num_refused, num_events);
+    printf("\"all_requests\":%ld,\"all_events\":%ld,", all_requests, all_events);
     print_percentiles("latency", &latencies);
     print_percentiles("first_event", &first_events);
     print_percentiles("delay", &delays);

@@ -154,7 +154,7 @@ static void put_json(Connection *connection, const char *body, int length) {
 
 static void put_facts(Connection *connection) {
     static const char facts[] =
-        "{\"status\":\"ok\",\"state\":\"READY\",\"model\":\"mock\",\"models\":[\"mock\"],\"incarnation\":\"1\","
+        "{\"status\":\"ok\",\"state\":\"READY\",\"model\":\"mock\",\"models\":[\"mock\"],\"incarnation\":\"1\",\"kv_endpoint\":\"mock:1/1\","
         "\"object\":\"list\",\"data\":[{\"id\":\"mock\",\"object\":\"model\",\"created\":1,\"owned_by\":\"mock\","
         "\"max_model_len\":32768}],\"model_path\":\"mock\",\"tokenizer_path\":\"mock\",\"served_model_name\":\"mock\","
         "\"is_generation\":true,\"model_type\":\"llama\",\"architectures\":[\"LlamaForCausalLM\"],\"dp_size\":1,"

@@ -10,7 +10,6 @@ import urllib.request
 from pathlib import Path
 from types import TracebackType
 
-_TICK_HZ = os.sysconf("SC_CLK_TCK")
 _START_S = 30.0
 _STOP_S = 15.0
 
@@ -73,7 +72,7 @@ class Process:
     def cpu_s(self) -> float:
         """CPU time of the process and its descendants so far."""
         assert self._process is not None
-        return sum(_cpu_ticks(pid) for pid in _tree(self._process.pid)) / _TICK_HZ
+        return sum(_cpu_s(pid) for pid in _tree(self._process.pid))
 
     def memory_mb(self) -> float:
         assert self._process is not None
@@ -118,12 +117,13 @@ def _tree(pid: int) -> list[int]:
     return found
 
 
-def _cpu_ticks(pid: int) -> int:
+def _cpu_s(pid: int) -> float:
+    """By the process's own clock: what /proc/PID/stat says is rounded to ten milliseconds, a hundred lone events."""
+    clock = (~pid << 3) | 2  # what clock_getcpuclockid(3) makes of a pid
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return time.clock_gettime(clock)
     except OSError:
-        return 0
-    return int(fields[11]) + int(fields[12])
+        return 0.0
 
 
 def _resident_kb(pid: int) -> int:

@@ -26,15 +26,15 @@ class Scenario:
 
 SCENARIOS = (
     # As fast as it goes: throughput and CPU time of one request; latency is the length of the queue.
-    *(Scenario(f"json c{n}", "json", n, 2.0 if n == 1 else 3.0) for n in (1, 64, 256, 1024)),
-    Scenario("json c64 32KB", "json", 64, 3.0, prompt_bytes=32768),
-    Scenario("burst c64", "stream", 64, 3.0),
+    *(Scenario(f"json c{n}", "json", n, 1.5) for n in (1, 64, 256, 1024)),
+    Scenario("json c64 32KB", "json", 64, 1.5, prompt_bytes=32768),
+    Scenario("burst c64", "stream", 64, 1.5),
     # At a steady rate: what the router adds to the latency of one request.
     *(
-        Scenario(f"paced c{n}", "json", n, 3.0, pause_us=n * 1_000_000 // _PACED_RATE)
+        Scenario(f"paced c{n}", "json", n, 1.5, pause_us=n * 1_000_000 // _PACED_RATE)
         for n in (1, 64, 256, 1024)
     ),
     # Tokens at the speed at which people get them: CPU time and delay of one event.
-    *(Scenario(f"stream c{n}", "stream", n, 4.0, max_tokens=128, tick_us=20_000) for n in (1, 64, 256)),
-    Scenario("stream c1024", "stream", 1024, 4.0, max_tokens=64, tick_us=100_000),
+    *(Scenario(f"stream c{n}", "stream", n, 2.0, max_tokens=128, tick_us=20_000) for n in (1, 64, 256)),
+    Scenario("stream c1024", "stream", 1024, 2.0, max_tokens=64, tick_us=100_000),
 )

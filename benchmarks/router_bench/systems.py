@@ -24,6 +24,9 @@ class System:
     name: str
     kind: str  # direct, diptych, sglang or vllm
     num_processes: int = 1
+    schedule_style: str = (
+        "context_first"  # of ours; sglang-router sends both legs at once, vllm-router in turn
+    )
     environment: Path | None = None  # the virtual environment that it is installed in
 
     def command(self, ports: Ports, folder: Path) -> list[str] | None:
@@ -31,7 +34,7 @@ class System:
         face = ["--host", "127.0.0.1", "--port", str(ports.router), "--policy", "round_robin"]
         metrics = ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(ports.metrics)]
         if self.kind == "diptych":
-            config = folder / "router.json"
+            config = folder / f"router-{ports.router}.json"
             config.write_text(json.dumps(self._configuration(ports)))
             return [sys.executable, "-m", "diptych.cli", "disaggregated", "-c", str(config)]
         if self.kind == "sglang":
@@ -64,6 +67,7 @@ class System:
             "port": ports.router,
             "num_workers": self.num_processes,
             "log_level": "warning",
+            "schedule_style": self.schedule_style,
             "context_servers": {"urls": [f"127.0.0.1:{ports.context}"]},
             "generation_servers": {"urls": [f"127.0.0.1:{ports.generation}"]},
         }
@@ -74,6 +78,7 @@ def systems(environment: Path | None) -> list[System]:
     found = [
         System("direct", "direct"),
         System("diptych", "diptych"),
+        System("diptych both at once", "diptych", schedule_style="generation_first"),
         System("diptych x2", "diptych", num_processes=2),
     ]
     for kind in ("sglang", "vllm"):

@@ -7,7 +7,7 @@ is spliced in before the closing brace. Prompts, texts and tickets are never dec
 import random
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -15,6 +15,7 @@ import orjson
 
 from diptych.errors import InvalidRequest
 from diptych.journal import ChoiceSoFar, StreamSoFar
+from diptych.router.fields import Headers
 from diptych.router.policies.affinity import session_of
 
 _RESPONSE_ID_PREFIX = {"/v1/completions": "cmpl-", "/v1/chat/completions": "chatcmpl-"}
@@ -114,7 +115,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
 
 def parse_call(
     path: str,
-    headers: Mapping[str, str],
+    headers: Headers,
     body: bytes,
     *,
     request_id: str,
@@ -147,7 +148,7 @@ def parse_call(
     )
 
 
-def request_id_of(headers: Mapping[str, str]) -> str | None:
+def request_id_of(headers: Headers) -> str | None:
     """The client's X-Request-ID, when it is one that can be printed."""
     given = headers.get("X-Request-ID")
     return given if given is not None and _REQUEST_ID.fullmatch(given) else None

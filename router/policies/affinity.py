@@ -7,9 +7,10 @@ policy decides.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from diptych.router.fields import Headers
 from diptych.router.policies.load import RequestLoad
 from diptych.router.policies.request import RouteRequest
 from diptych.router.worker_view import WorkerView
@@ -23,7 +24,7 @@ _EXCESS = 1.25  # of the mean load
 _SLACK = 2  # requests: an idle worker is not "much less busy" than one that runs two
 
 
-def session_of(headers: Mapping[str, str]) -> str | None:
+def session_of(headers: Headers) -> str | None:
     """The session that a request says it belongs to; the first header of `HEADERS` wins."""
     for name in HEADERS:
         session = headers.get(name)

@@ -1,6 +1,7 @@
 """Fixtures of the router's tests: fake workers, and a router in front of them, all on loopback sockets."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -17,6 +18,10 @@ from diptych.router.router import Router as RouterProcess
 from diptych.router.settings import Limits
 from diptych.router.status import missing_roles
 from tests.fakes.fake_worker import FakeWorker
+
+STREAM = {"model": "fake", "prompt": "hello", "stream": True}
+WHOLE = {"model": "fake", "prompt": "hello"}
+FULL = {"error": {"message": "full", "type": "rate_limit_error", "param": None, "code": "overloaded"}}
 
 
 @dataclass(frozen=True)
@@ -152,3 +157,20 @@ async def spare_context(stack: AsyncExitStack) -> FakeWorker:
 @pytest.fixture
 async def spare_generation(stack: AsyncExitStack) -> FakeWorker:
     return await stack.enter_async_context(FakeWorker("g1", role="GENERATION"))
+
+
+def last_event(text: str) -> dict:
+    """The error event before the end of a failed stream."""
+    assert text.endswith("\n\ndata: [DONE]\n\n")
+    return json.loads(text.split("\n\n")[-3].removeprefix("data: "))
+
+
+async def no_connections(router) -> None:
+    """Every upstream connection is either idle or closed."""
+    for worker in router.pool.workers:
+        for _ in range(100):
+            if all(connection.exchange is None for connection in worker.client.connections):
+                break
+            await asyncio.sleep(0)
+        assert all(connection.exchange is None for connection in worker.client.connections)
+        assert worker.in_flight == 0

@@ -9,6 +9,7 @@ import pytest
 
 from diptych.errors import DeadlineExceeded, WorkerLost
 from diptych.router.client import WorkerClient
+from diptych.router.connection import Connection
 from diptych.router.settings import Limits
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -171,6 +172,45 @@ async def test_silence_in_the_body_has_its_own_limit():
     async with connected(server, Limits(idle_s=0.1)) as client:
         with pytest.raises(DeadlineExceeded, match=r"sent nothing for 0\.1 s"):
             await client.request("GET", "/", deadline=soon())
+
+
+class Collected:
+    """A sink that never is full."""
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    def write(self, data: bytes) -> bool:
+        self.data += data
+        return True
+
+    async def drain(self) -> None:
+        pass
+
+
+async def until_it_is_not_read(connection: Connection) -> None:
+    while connection.transport.is_reading():
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("ask", ["read", "relay", "first"])
+async def test_of_a_body_that_nobody_asks_for_little_is_held(ask):
+    chunk, num_chunks = b"x" * 10_000, 4000
+    framed = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"2710\r\n%b\r\n" % chunk * num_chunks
+    async with connected(ByteServer([framed + b"0\r\n\r\n", OK])) as client:
+        async with client.exchange("GET", "/", deadline=soon(60)) as exchange:
+            (connection,) = client.connections
+            await asyncio.wait_for(until_it_is_not_read(connection), 30)
+            sink = Collected()
+            if ask == "first":
+                sink.data = await exchange.first()
+                assert 64 * 1024 < len(sink.data) < 10 * 64 * 1024
+            if ask == "read":
+                sink.data = await exchange.read()
+            else:
+                await exchange.relay(sink)
+            assert sink.data == chunk * num_chunks
+        assert (await client.request("GET", "/", deadline=soon())).body == b"ok"
 
 
 async def test_leaving_early_closes_the_connection():

@@ -4,8 +4,7 @@ import asyncio
 
 import pytest
 
-from tests.router.conftest import Config, StartRouter
-from tests.router.test_flow import STREAM, WHOLE, last_event, no_connections
+from tests.router.conftest import STREAM, WHOLE, Config, StartRouter, last_event, no_connections
 
 EARLY = Config(schedule_style="generation_first")
 
@@ -40,6 +39,27 @@ async def test_both_legs_are_sent_at_once(start_router: StartRouter, context, ge
     assert second.headers["X-Request-ID"] == "abc"
     await no_connections(router)
     assert context.released == context.revoked == []
+
+
+@pytest.mark.parametrize("journaled", [True, False])
+async def test_of_an_early_stream_the_router_holds_little(
+    start_router: StartRouter, context, generation, journaled
+):
+    gate = context.script.hold["context"] = asyncio.Event()
+    generation.script.padding, generation.script.keeps_journal = 1 << 18, journaled
+    router = await start_router(context, generation, config=EARLY)
+    call = asyncio.create_task(router.text(STREAM))
+    await generation.wait_for(lambda: generation.seen)
+    (client,) = (worker.client for worker in router.pool.workers if worker.worker_id == generation.url)
+
+    async def until_the_leg_is_not_read() -> None:
+        while all(c.transport.is_reading() for c in client.connections if c.exchange is not None):
+            await asyncio.sleep(0)
+
+    await asyncio.wait_for(until_the_leg_is_not_read(), 30)
+    gate.set()
+    assert await call == context.event("one") + generation.events(skip=1)
+    await no_connections(router)
 
 
 async def test_a_whole_answer(start_router: StartRouter, context, generation):

@@ -10,8 +10,7 @@ from diptych.router.flow import Flow
 from diptych.router.frontends.openai import parse_call, parse_prefill
 from diptych.router.http1 import ChunkedBody, MalformedResponse
 from diptych.router.settings import Limits
-from tests.router.conftest import FAST, Config, StartRouter
-from tests.router.test_flow import STREAM, last_event, no_connections
+from tests.router.conftest import FAST, STREAM, Config, StartRouter, last_event, no_connections
 
 
 def texts(stream: str) -> list[str]:

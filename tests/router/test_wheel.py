@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 
 from diptych.router.wheel import Wheel
 
@@ -42,3 +43,36 @@ async def test_what_is_discarded_does_not_ring_even_by_a_neighbour():
     await asyncio.wait_for(last.rang, 5)
     assert not silent.rang.done()
     assert sum(item.rang.done() for item in twins) == 1
+
+
+class Timers:
+    """A loop whose timers ring by hand."""
+
+    def __init__(self) -> None:
+        self.running: list[tuple[float, Callable[[], None]]] = []
+
+    def call_later(self, delay_s, callback):
+        self.running.append((delay_s, callback))
+        return self
+
+    def cancel(self) -> None:
+        self.running.clear()
+
+    def ring(self) -> None:
+        ((_, callback),) = self.running
+        self.running.clear()
+        callback()
+
+
+def test_it_rests_until_the_first_deadline():
+    timers, now = Timers(), time.monotonic()
+    wheel = Wheel(timers)
+    late, soon = object(), object()
+    wheel.add(late, now + 60)
+    wheel.add(late, now + 70)
+    assert [round(delay_s) for delay_s, _ in timers.running] == [60]
+    bucket = wheel.add(soon, now + 10)
+    assert [round(delay_s) for delay_s, _ in timers.running] == [10]
+    bucket.discard(soon)
+    timers.ring()  # for nothing: what it was for is forgotten
+    assert [round(delay_s) for delay_s, _ in timers.running] == [60]
