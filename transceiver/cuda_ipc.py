@@ -7,11 +7,13 @@ process need see only its own GPU. A mapping is closed when its owner is gone an
 """
 
 import logging
+import math
 import os
 import time
 import weakref
 
 import msgspec
+import numpy as np
 import torch
 
 from diptych.errors import ConfigError, TransferError
@@ -32,12 +34,14 @@ from diptych.transceiver.transport import (
     TransferState,
     TransportContext,
     Unreachable,
+    fastest,
     probe_plan,
 )
 
 log = logging.getLogger(__name__)
 
-_POLL_S = 20e-6
+_POLL_S = 10e-6
+_LOOK_S = 200e-6  # for so long, when a copy may be done, without sleeping: that ends late
 _PROBE_BYTES = 64 << 20
 
 _REMEDIES = {
@@ -54,6 +58,7 @@ class CudaIpcPeer:
         self.view = view
         self.pointer = pointer
         self.reason = "both GPUs are on this host"
+        self.pace = math.inf  # seconds a byte of the fastest copy so far
 
 
 class CudaIpcTransfer(Outcome):
@@ -65,6 +70,7 @@ class CudaIpcTransfer(Outcome):
         copier: DeviceCopier,
         destination: torch.Tensor,
         plan: CopyPlan,
+        grid: CopyGrid,
         stop: Stop,
         *,
         digest: bool,
@@ -77,7 +83,7 @@ class CudaIpcTransfer(Outcome):
         stop.check()
         self._started = time.monotonic()
         try:
-            self._running = copier.start(peer.pointer, destination.data_ptr(), grid_of(plan), digest=digest)
+            self._running = copier.start(peer.pointer, destination.data_ptr(), grid, digest=digest)
         except (RuntimeError, DriverError) as error:
             raise _gpu_failure(error) from error
 
@@ -85,6 +91,7 @@ class CudaIpcTransfer(Outcome):
         try:
             self._settle()
             self.seconds = time.monotonic() - self._started
+            self._peer.pace = min(self._peer.pace, self.seconds / max(1, self._plan.num_bytes))
             self._stop.check()
             self.generations = self._peer.view.generations[self._plan.source_blocks]
         except TransferError:
@@ -95,9 +102,11 @@ class CudaIpcTransfer(Outcome):
 
     def _settle(self) -> None:
         """Until the GPU writes no more. No deadline: what it may still write to is nobody else's before that."""
+        due = self._started + self._plan.num_bytes * self._peer.pace
         try:
             while not self._running.done.query():
-                time.sleep(_POLL_S)
+                late = time.monotonic() - due
+                time.sleep(0.0 if -2 * _POLL_S < late < _LOOK_S else _POLL_S)
         except RuntimeError as error:
             raise _gpu_failure(error) from error
         digests = self._copier.finish(self._running)
@@ -139,24 +148,20 @@ class CudaIpcTransport:
             source_blocks=peer.view.identity.num_blocks,
             destination_blocks=self._memory.identity.num_blocks,
         )
-        if not grid_of(plan).is_aligned:
+        grid = grid_of(plan)
+        if not grid.is_aligned:
             raise Unreachable(
                 f"its blocks would be cut into pieces that are no multiple of {ALIGN_BYTES} bytes"
             )
         sharpen_timer()
-        return self._transfer(peer, self._memory.tensor, plan, stop, digest=digest_kind is not None)
+        return self._transfer(peer, self._memory.tensor, plan, grid, stop, digest=digest_kind is not None)
 
     def measure(self, peer: CudaIpcPeer, stop: Stop) -> float:
         assert self._copier is not None, "measure before register"
         plan = probe_plan(peer.view.identity, _PROBE_BYTES)
-        scratch = self._copier.scratch(plan.num_bytes)
+        scratch, grid = self._copier.scratch(plan.num_bytes), grid_of(plan)
         sharpen_timer()
-        best = 0.0
-        for _ in range(3):  # the first one pays for page tables
-            transfer = self._transfer(peer, scratch, plan, stop, digest=False)
-            transfer.wait()
-            best = max(best, transfer.bytes / transfer.seconds / 1e9)
-        return best
+        return fastest(lambda: self._transfer(peer, scratch, plan, grid, stop, digest=False))
 
     def forget(self, incarnation: str) -> None:
         self._peers.forget(incarnation)
@@ -165,10 +170,17 @@ class CudaIpcTransport:
         self._peers.clear()
 
     def _transfer(
-        self, peer: CudaIpcPeer, destination: torch.Tensor, plan: CopyPlan, stop: Stop, *, digest: bool
+        self,
+        peer: CudaIpcPeer,
+        destination: torch.Tensor,
+        plan: CopyPlan,
+        grid: CopyGrid,
+        stop: Stop,
+        *,
+        digest: bool,
     ) -> CudaIpcTransfer:
         assert self._copier is not None
-        return CudaIpcTransfer(peer, self._copier, destination, plan, stop, digest=digest)
+        return CudaIpcTransfer(peer, self._copier, destination, plan, grid, stop, digest=digest)
 
     def _compile(self, memory: DevicePool, copier: DeviceCopier) -> None:
         """The kernel of the usual case, now: compiling it in the first fetch would take a second of that."""
@@ -182,15 +194,10 @@ class CudaIpcTransport:
 
 
 def grid_of(plan: CopyPlan) -> CopyGrid:
-    return CopyGrid(
-        row_source=plan.row_source,
-        row_destination=plan.row_destination,
-        row_inside=plan.row_source % plan.source_block_bytes,
-        row_block=plan.row_block,
-        cell_source=plan.cell_source,
-        cell_destination=plan.cell_destination,
-        length=plan.length,
-        num_blocks=len(plan.source_blocks),
+    inside = plan.row_source % plan.source_block_bytes
+    rows = np.concatenate((plan.row_source, plan.row_destination, inside, plan.row_block)).reshape(4, -1)
+    return CopyGrid.of(
+        rows, plan.cell_source, plan.cell_destination, plan.length, num_blocks=len(plan.source_blocks)
     )
 
 

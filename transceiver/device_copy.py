@@ -1,6 +1,7 @@
-"""Runs the block copy kernel: numbers up, kernel, digests down, on one stream of its own, from any thread.
+"""Runs the block copy kernel: numbers up, kernel, digests down, on streams of its own, from any thread.
 
-The small buffers that a copy needs are kept and used again. Knows nothing of peers, tickets or deadlines.
+One kernel runs at a time; the next one's numbers and the last one's digests travel meanwhile. The small buffers that
+a copy needs are kept and used again. Knows nothing of peers, tickets or deadlines.
 """
 
 import contextlib
@@ -23,12 +24,14 @@ class CopySlot:
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.size = size
+        self.stream = torch.cuda.Stream(device)
+        self.copied = torch.cuda.Event()  # the kernel
         self.host = torch.empty(size, dtype=torch.int64, pin_memory=True)
         self.numbers = self.host.numpy()
         self.on_device = torch.empty(size, dtype=torch.int64, device=device)
         self.here: int = self.host.data_ptr()
         self.there: int = self.on_device.data_ptr()
-        self.done = torch.cuda.Event()
+        self.done = torch.cuda.Event()  # and its digests are here
         self.num_blocks = 0
 
 
@@ -45,17 +48,23 @@ class DeviceCopier:
         self._stream = torch.cuda.Stream(device)
         self._lock = threading.Lock()
         self._idle: list[CopySlot] = []
+        self._num_running = 0
+        self._last: torch.cuda.Event | None = None  # the kernel that was queued last
 
     def start(self, source: int, destination: int, grid: CopyGrid, *, digest: bool) -> CopySlot:
         """From the address `source` to the address `destination`. Wait for `done`, then `finish`."""
-        start = grid.num_blocks + grid.num_blocks % 2  # numbers are aligned as the kernel expects them
+        start = grid.num_blocks + 1  # the digests, and a number of the kernel's own
+        start += start % 2  # what follows is aligned as the kernel expects it
         end = start + grid.num_numbers
         slot = self._borrow(end)
         slot.num_blocks = grid.num_blocks
         slot.numbers[:start] = 0
         grid.pack_into(slot.numbers[start:end])
         with self._lock, self._driver.current():
-            self._driver.upload(slot.there, slot.here, 8 * end, self._stream.cuda_stream)
+            self._driver.upload(slot.there, slot.here, 8 * end, slot.stream.cuda_stream)
+            if self._num_running and self._last is not None:
+                slot.stream.wait_event(self._last)
+            self._num_running += 1
             self._mover.copy(
                 source,
                 destination,
@@ -64,11 +73,13 @@ class DeviceCopier:
                 grid,
                 num_programs=self._num_programs,
                 digest=digest,
-                stream=self._stream,
+                stream=slot.stream,
             )
+            slot.copied.record(slot.stream)
+            self._last = slot.copied
             if digest:
-                self._driver.download(slot.here, slot.there, 8 * start, self._stream.cuda_stream)
-            slot.done.record(self._stream)
+                self._driver.download(slot.here, slot.there, 8 * start, slot.stream.cuda_stream)
+            slot.done.record(slot.stream)
         return slot
 
     def scratch(self, num_bytes: int) -> Tensor:
@@ -80,6 +91,7 @@ class DeviceCopier:
         """The digests of the source blocks; zeros when they were not asked for. The slot is free again."""
         digests = slot.numbers[: slot.num_blocks].view(np.uint64).copy()
         with self._lock:
+            self._num_running -= 1
             self._idle.append(slot)
         return digests
 

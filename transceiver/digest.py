@@ -72,9 +72,9 @@ def known_kind(name: str) -> DigestKind:
     )
 
 
-def require_digests(found: Digests, expected: Sequence[int], complete: np.ndarray) -> None:
+def require_digests(found: Digests, expected: Digests, complete: np.ndarray) -> None:
     """`complete`: blocks that were copied whole; the others cannot be checked."""
-    wrong = int(np.count_nonzero((found != np.asarray(expected, np.uint64)) & complete))
+    wrong = int(np.count_nonzero((found != expected) & complete))
     if wrong:
         raise TransferError(
             f"{wrong} of {len(expected)} blocks arrived with other bytes than the ticket promises",
@@ -82,8 +82,8 @@ def require_digests(found: Digests, expected: Sequence[int], complete: np.ndarra
         )
 
 
-def require_generations(found: Generations, expected: Sequence[int]) -> None:
-    reused = int(np.count_nonzero(np.asarray(found, np.uint64) != np.asarray(expected, np.uint64)))
+def require_generations(found: Generations, expected: Generations) -> None:
+    reused = int(np.count_nonzero(found != expected))
     if reused:
         raise TransferError(
             f"{reused} of {len(expected)} blocks were reused by their owner before the copy was done",

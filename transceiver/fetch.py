@@ -7,10 +7,13 @@ their protocol, and nothing of threads, queues or the engine that waits for the 
 """
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from diptych.errors import TransferError
 from diptych.kv_layout import KvLayout
@@ -42,6 +45,7 @@ class Fetch:
     started_at: float = field(default_factory=time.monotonic)
     begun: bool = False  # the owner has been told
     others: CompanionFetch = NOTHING_TO_FETCH  # what the other ranks of our engine do of it
+    lingering: list[Transfer] = field(default_factory=list)  # may still write to the destination
 
     def abort(self) -> None:
         """Every copy of it looks at the stop."""
@@ -60,7 +64,8 @@ class _Copy:
     transfer: Transfer | None = None
     kind: DigestKind | None = None
     on_host: LandedDigests | None = None
-    wire_s: float = 0.0
+    began_at: float = math.inf  # copying
+    ended_at: float = 0.0
     reasons: list[str] = field(default_factory=list)  # why others than `name` do not serve
     failures: list[TransferError] = field(default_factory=list)
 
@@ -101,7 +106,7 @@ class Fetcher:
         self._closed = False
 
     def run(self, fetch: Fetch) -> FetchDone:
-        """Raises TransferError; either way the copy has let go of the destination."""
+        """Raises TransferError; either way the copy has let go of the destination, but for `fetch.lingering`."""
         ticket = tickets.decode(fetch.ticket)
         complete = False
         try:
@@ -178,8 +183,7 @@ class Fetcher:
         )
 
     def _copy_all(self, fetch: Fetch, ticket: Ticket, copies: Sequence[_Copy]) -> float:
-        """Seconds spent copying; of several copies at the same time, from the first one's start to the last end."""
-        started_at = time.monotonic()
+        """Seconds from the first copy's start to the last one's end."""
         try:
             for copy in copies:
                 self._start(fetch, copy)
@@ -189,8 +193,10 @@ class Fetcher:
                 self._complete(fetch, ticket, copy)
         finally:
             for copy in copies:
-                _let_go(copy)
-        return time.monotonic() - started_at if len(copies) > 1 else sum(copy.wire_s for copy in copies)
+                _let_go(fetch, copy)
+        if not copies:
+            return 0.0
+        return max(copy.ended_at for copy in copies) - min(copy.began_at for copy in copies)
 
     def _start(self, fetch: Fetch, copy: _Copy) -> None:
         """By the next transport that reaches the owner."""
@@ -230,12 +236,16 @@ class Fetcher:
             try:
                 with self._meter.copying(copy.rank, copy.name, transfer, fetch.started_at):
                     transfer.wait()
+                    copy.ended_at = time.monotonic()
+                    copy.began_at = copy.ended_at - transfer.seconds
                     _verify(ticket, copy, transfer)
             except TransferError as error:
+                if transfer.lingers:  # nobody else may write there
+                    fetch.lingering.append(transfer)
+                    raise
                 copy.note(error)
                 self._start(fetch, copy)
             else:
-                copy.wire_s += transfer.seconds
                 return
 
     def _begin(self, fetch: Fetch, ticket: Ticket) -> None:
@@ -294,12 +304,12 @@ def _leasing(ticket: Ticket) -> list[OwnerRank]:
 
 def _verify(ticket: Ticket, copy: _Copy, transfer: Transfer) -> None:
     plan = copy.plan
-    require_generations(transfer.generations, [ticket.generations[i] for i in plan.positions])
+    require_generations(transfer.generations, np.array(ticket.generations, np.uint64)[plan.positions])
     found = transfer.digests
     if found is None and copy.on_host is not None:
         found = copy.on_host.of(plan.destination_blocks)
     if copy.kind is not None and found is not None:
-        require_digests(found, [copy.rank.digests[i] for i in plan.positions], plan.complete)
+        require_digests(found, np.array(copy.rank.digests, np.uint64)[plan.positions], plan.complete)
 
 
 def _let_others_go(fetch: Fetch) -> None:
@@ -309,10 +319,12 @@ def _let_others_go(fetch: Fetch) -> None:
         fetch.others.join()
 
 
-def _let_go(copy: _Copy) -> None:
-    """Of a copy that nobody will wait for, because another one failed: until it no longer writes."""
+def _let_go(fetch: Fetch, copy: _Copy) -> None:
+    """Of a copy that nobody will wait for, because another one failed: until it no longer writes, or lingers."""
     transfer, copy.transfer = copy.transfer, None
     if transfer is not None:
         transfer.abort()
         with contextlib.suppress(TransferError):
             transfer.wait()
+        if transfer.lingers:
+            fetch.lingering.append(transfer)

@@ -16,6 +16,13 @@ class Outcome:
         self.generations: Generations = np.empty(0, np.uint64)
         self.digests: Digests | None = None
 
+    @property
+    def lingers(self) -> bool:
+        return False
+
+    def settle(self, patience_s: float) -> None:
+        """`wait` has let go of the destination, or this class is not the last word."""
+
     def abort(self) -> None:
         self._stop.abort()
 

@@ -7,6 +7,7 @@ there is one cell; between layouts that hold other layers, KV heads or tokens pe
 block as is contiguous on both sides. So a plan of 32k tokens is a few thousand numbers whatever the layouts.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -181,6 +182,7 @@ def _plan_cut(
     )
 
 
+@functools.lru_cache(maxsize=64)  # the same for every plan between two layouts
 def _cells(source: KvLayout, destination: KvLayout, part: Part, run: int) -> tuple[Int64s, Int64s, int]:
     """Where the part's pieces lie inside a block of each side, and how long a piece is."""
     length = run * source.head_dim * source.item_bytes
@@ -202,4 +204,5 @@ def _cells(source: KvLayout, destination: KvLayout, part: Part, run: int) -> tup
         head = np.asarray(heads)[None, None, :] - side.kv_heads.start
         tiles = (layer * 2 + np.asarray(kinds)[None, :, None]) * side.num_kv_heads + head
         offsets.append((tiles * tile).reshape(-1).astype(np.int64))
+        offsets[-1].flags.writeable = False
     return offsets[0], offsets[1], length

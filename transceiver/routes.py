@@ -1,8 +1,8 @@
 """Which transport to try first for each owner, found out by measuring, and what the log says about it.
 
-The first fetch from an owner takes the first of the configured transports that works; meanwhile each usable one
-is measured in the background, and from then on the fastest comes first, of those that are as fast the one that
-was configured first. Knows nothing of fetches.
+The configured order holds: each fetch takes the first transport that works. After the first fetch from an owner
+each usable one is measured in the background; one that is clearly faster, and again when measured anew a moment
+later, comes first from then on. (A single measurement on a busy host says little.) Knows nothing of fetches.
 """
 
 import logging
@@ -18,7 +18,10 @@ from diptych.transceiver.transport import Transport, Unreachable
 log = logging.getLogger(__name__)
 
 _MEASURE_S = 2.0  # for one transport
-_AS_FAST = 0.8  # of the fastest: less than one measurement can tell
+_AGAIN_S = 1.0  # until a surprise is measured anew
+_CLEARLY = 1.5  # times as fast as one that comes before it in the configured order
+
+Speeds = dict[str, float]  # transport -> GB/s, in the configured order; those that could be measured
 
 
 class Routes:
@@ -28,26 +31,24 @@ class Routes:
         *,
         measure: bool,
         probed: Callable[[OwnerRank, str, float], None] = lambda rank, name, gb_s: None,
+        again_s: float = _AGAIN_S,
     ) -> None:
-        """`probed` is told each measurement, in GB/s."""
+        """`probed` is told what was measured of each, in GB/s."""
         self._transports = transports
         self._probed = probed
         self._lock = threading.Lock()
         self._used: dict[str, str] = {}  # incarnation -> transport, for one log line a peer
-        self._speeds: dict[str, dict[str, float]] = {}  # incarnation -> transport -> GB/s
-        self._closing = Stop(float("inf"))
+        self._found: dict[str, list[str]] = {}  # incarnation -> transports in the order that measuring found
+        self._again_s = again_s
+        self._closing = threading.Event()
         self._measuring = ThreadPoolExecutor(1, thread_name_prefix="kv-measure") if measure else None
 
     def order(self, rank: OwnerRank) -> list[str]:
         """The transports that both sides have, the one to try first in front."""
         common = [name for name in self._transports if name in rank.transports]
         with self._lock:
-            speeds = self._speeds.get(rank.incarnation, {})
-        enough = _AS_FAST * max(speeds.values(), default=0.0)
-        first = [name for name in common if speeds.get(name, 0.0) >= enough][:1]
-        return first + sorted(
-            set(common) - set(first), key=lambda name: (-speeds.get(name, 0.0), common.index(name))
-        )
+            found = self._found.get(rank.incarnation, [])
+        return found + [name for name in common if name not in found]
 
     def use(self, rank: OwnerRank, name: str, reason: str, detours: Sequence[str]) -> None:
         """This transport reached the owner; those of `detours` did not."""
@@ -58,7 +59,7 @@ class Routes:
             return
         because = "; ".join([reason, *(f"not {detour}" for detour in detours)])
         log.info("KV transport to %s:%d = %s, because %s", rank.host, rank.port, name, because)
-        if known is None and self._measuring is not None and not self._closing.aborted:
+        if known is None and self._measuring is not None and not self._closing.is_set():
             self._measuring.submit(self._measure, rank)
 
     def detour(self, rank: OwnerRank, name: str, error: Unreachable) -> None:
@@ -79,33 +80,52 @@ class Routes:
     def forget(self, incarnation: str) -> None:
         with self._lock:
             self._used.pop(incarnation, None)
-            self._speeds.pop(incarnation, None)
+            self._found.pop(incarnation, None)
 
     def close(self) -> None:
-        self._closing.abort()
+        self._closing.set()
         if self._measuring is not None:
             self._measuring.shutdown(wait=True, cancel_futures=True)
 
     def _measure(self, rank: OwnerRank) -> None:
-        speeds: dict[str, float] = {}
-        for name in self.order(rank):
-            if self._closing.aborted:
+        rounds = [self._speeds(rank)]
+        if rounds[0] and _best(rounds) != next(iter(rounds[0])) and not self._closing.wait(self._again_s):
+            rounds.append(self._speeds(rank))
+        best = _best(rounds)
+        speeds = rounds[-1]
+        with self._lock:
+            if best is None or rank.incarnation not in self._used:
                 return
-            transport, stop = self._transports[name], Stop(_MEASURE_S)
+            self._found[rank.incarnation] = [best, *(name for name in speeds if name != best)]
+        for name, speed in speeds.items():
+            self._probed(rank, name, speed)
+        log.info(
+            "KV transport to %s:%d measured: %s; %s comes first",
+            rank.host,
+            rank.port,
+            ", ".join(f"{name} {speed:.1f} GB/s" for name, speed in speeds.items()),
+            best,
+        )
+
+    def _speeds(self, rank: OwnerRank) -> Speeds:
+        speeds: Speeds = {}
+        for name, transport in self._transports.items():
+            if name not in rank.transports or self._closing.is_set():
+                continue
+            stop = Stop(_MEASURE_S)
             try:
                 speeds[name] = transport.measure(transport.connect(rank.transports[name], stop), stop)
             except (Unreachable, TransferError) as error:
                 log.debug("KV transport %s could not be measured: %s", name, error)
             except Exception:
                 log.exception("KV transport %s could not be measured, by an error of ours", name)
-        with self._lock:
-            if not speeds or rank.incarnation not in self._used:
-                return
-            self._speeds[rank.incarnation] = speeds
-        for name, speed in speeds.items():
-            self._probed(rank, name, speed)
-        best, *others = sorted(speeds, key=lambda name: -speeds[name])
-        beside = "".join(f", {name} {speeds[name]:.1f}" for name in others)
-        log.info(
-            "KV transport to %s:%d measured: %s %.1f GB/s%s", rank.host, rank.port, best, speeds[best], beside
-        )
+        return speeds
+
+
+def _best(rounds: Sequence[Speeds]) -> str | None:
+    """The first one, but for those that were clearly faster every time; None: none could be measured."""
+    best: str | None = None
+    for name in rounds[-1]:
+        if best is None or all(speeds.get(name, 0.0) > _CLEARLY * speeds.get(best, 0.0) for speeds in rounds):
+            best = name
+    return best

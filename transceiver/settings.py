@@ -7,7 +7,7 @@ from diptych.transceiver.lease import EndReason
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransceiverSettings:
-    backends: tuple[str, ...] = ("shm", "tcp")  # tried in this order, until they are measured
+    backends: tuple[str, ...] = ("shm", "tcp")  # tried in this order, unless one is measured to be faster
     optional_backends: tuple[str, ...] = ()  # after those; left out when they do not work here
     bind_host: str = "127.0.0.1"
     port: int = 0  # 0: any free port; the ticket says which
@@ -18,7 +18,7 @@ class TransceiverSettings:
     secret: str | None = None
     max_concurrent_fetches: int = 16
     max_tokens_in_flight: int | None = None  # of all running fetches together; a longer one runs alone
-    measure_transports: bool = True  # each once a peer, in the background; the fastest is taken from then on
+    measure_transports: bool = True  # for each peer, in the background; what is clearly faster comes first
     copy_programs: int = 32  # of a GPU's copy kernel at a time: what it takes away from the model
 
 
@@ -35,7 +35,8 @@ class FetchDone:
 
 @dataclass(frozen=True, slots=True)
 class FetchFailed:
-    """Nothing writes to the destination blocks any more, and what is in them is worth nothing.
+    """What is in the destination blocks is worth nothing, and nothing writes to them any more, but for `held`: a copy
+    lingers in these until a QuarantineEnded names them.
 
     code: peer_gone, stale, corrupt, deadline, layout, refused (secrets differ), cancelled (by `abort`),
     internal.
@@ -44,6 +45,14 @@ class FetchFailed:
     fetch_id: int
     code: str
     message: str
+    held: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class QuarantineEnded:
+    """Nothing writes to these blocks any more."""
+
+    block_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,4 +93,4 @@ class FollowEnded:
 
 
 FollowEvent = PrefillProgress | PrefillHanded | FollowEnded
-TransceiverEvent = FetchDone | FetchFailed | LeaseEnded | FollowEvent
+TransceiverEvent = FetchDone | FetchFailed | QuarantineEnded | LeaseEnded | FollowEvent

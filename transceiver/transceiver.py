@@ -21,23 +21,24 @@ from diptych.errors import TransferError
 from diptych.kv_layout import KvLayout
 from diptych.transceiver import ticket as tickets
 from diptych.transceiver.companions import NO_COMPANIONS, Companions
-from diptych.transceiver.connection import Connection
 from diptych.transceiver.digest import OwnerDigests
 from diptych.transceiver.fetch import Fetch, Fetcher
 from diptych.transceiver.fetch_queue import FetchQueue
 from diptych.transceiver.follow import Follows, OwnerAddress
-from diptych.transceiver.frames import BadFrame, Begin, Finish, Handed, Message, Progress, Renew, Withdrawn
-from diptych.transceiver.lease import EndedLease, LeaseTable
+from diptych.transceiver.frames import Handed, Progress, Withdrawn
+from diptych.transceiver.lease_desk import LeaseDesk
 from diptych.transceiver.meter import Meter
 from diptych.transceiver.metrics import Counts, TransceiverMetrics
 from diptych.transceiver.notices import NoticeBoard
 from diptych.transceiver.pool import KvPool
+from diptych.transceiver.quarantine import Quarantine
 from diptych.transceiver.server import Server
 from diptych.transceiver.settings import (
     FetchDone,
     FetchFailed,
     FollowEvent,
     LeaseEnded,
+    QuarantineEnded,
     TransceiverEvent,
     TransceiverSettings,
 )
@@ -70,11 +71,11 @@ class Transceiver:
         self._companions = companions
         self._clock = clock
         self._digests = OwnerDigests(memory, layout.tokens_per_block)
-        self._leases = LeaseTable()
+        self._desk = LeaseDesk(settings.lease_s, settings.timeout_s, clock, self._post)
         self._fetches: dict[int, tuple[Fetch, Future[None]]] = {}
         self._fetch_ids = itertools.count(1)
         self._events: deque[TransceiverEvent] = deque()
-        self._lock = threading.Lock()  # of leases and metrics
+        self._lock = threading.Lock()  # of the counts
         self._counts = Counts()
         self._meter = Meter()
         self._server = Server(
@@ -104,9 +105,10 @@ class Transceiver:
             companions=companions,
         )
         self._queue = FetchQueue(settings.max_concurrent_fetches, settings.max_tokens_in_flight)
+        self._quarantine = Quarantine(self._end_quarantine)
         self._board = NoticeBoard(settings.timeout_s)
         self._follows = Follows(secret=secret, timeout_s=settings.timeout_s, post=self._post_follow)
-        self._server.handle("control", self._serve_control)
+        self._server.handle("control", self._desk.serve)
         self._server.handle("notices", self._board.serve)
         self._server.start()
 
@@ -114,8 +116,7 @@ class Transceiver:
         """Open a lease on these blocks, which are complete: (ticket id, ticket for the reader)."""
         ticket_id = tickets.new_ticket_id()
         ticket = self._ticket(ticket_id, block_ids, num_tokens)
-        with self._lock:
-            self._leases.add(ticket_id, block_ids, self._clock(), self._settings.lease_s)
+        self._desk.open(ticket_id, block_ids)
         return ticket_id, ticket
 
     def is_followed(self, key: str) -> bool:
@@ -173,16 +174,11 @@ class Transceiver:
 
     def release(self, ticket_id: str) -> None:
         """Owner side: nobody will come for this ticket. Unknown tickets are ignored."""
-        with self._lock:
-            ended = self._leases.cancel(ticket_id)
-        self._post_ended([ended])
+        self._desk.cancel(ticket_id)
 
     def poll(self, now: float) -> list[TransceiverEvent]:
         """What has happened since the last call. `now` is the leases' clock."""
-        if now >= self._leases.next_expiry:
-            with self._lock:
-                expired = self._leases.expire(now)
-            self._post_ended(expired)
+        self._desk.expire(now)
         events: list[TransceiverEvent] = []
         while self._events:
             event = self._events.popleft()
@@ -227,8 +223,8 @@ class Transceiver:
             return self._counts.snapshot(
                 open_fetches=len(self._fetches),
                 queued_fetches=self._queue.num_waiting,
-                open_leases=len(self._leases),
-                open_leases_read=self._leases.num_read,
+                open_leases=self._desk.num_open,
+                open_leases_read=self._desk.num_read,
                 links=self._meter.links(),
             )
 
@@ -241,6 +237,7 @@ class Transceiver:
         self._fetcher.close()
         for transport in self._ways.transports.values():
             transport.close()
+        self._quarantine.close()
         self._server.close()
 
     def _ticket(self, ticket_id: str, block_ids: Sequence[int], num_tokens: int) -> bytes:
@@ -277,11 +274,18 @@ class Transceiver:
         try:
             event = self._fetcher.run(fetch)
         except TransferError as error:
-            event = FetchFailed(fetch.fetch_id, error.code or "internal", error.message)
+            held = fetch.destination_blocks if fetch.lingering else ()
+            event = FetchFailed(fetch.fetch_id, error.code or "internal", error.message, held)
         except Exception as error:
             log.exception("KV fetch %d failed by an error of ours", fetch.fetch_id)
             event = FetchFailed(fetch.fetch_id, "internal", f"{type(error).__name__}: {error}")
         self._post(event)
+        if fetch.lingering:
+            self._quarantine.hold(fetch.destination_blocks, fetch.lingering, self._settings.lease_s)
+
+    def _end_quarantine(self, block_ids: tuple[int, ...]) -> None:
+        self._events.append(QuarantineEnded(block_ids))
+        self._wake()
 
     def _decline(self, fetch: Fetch) -> None:
         try:
@@ -293,47 +297,13 @@ class Transceiver:
         self._events.append(event)
         self._wake()
 
-    def _post(self, *events: FetchDone | FetchFailed | LeaseEnded) -> None:
+    def _post(self, event: FetchDone | FetchFailed | LeaseEnded) -> None:
         with self._lock:
-            for event in events:
-                self._counts.add(event)
-        self._events.extend(events)
+            self._counts.add(event)
+        self._events.append(event)
         self._wake()
-
-    def _post_ended(self, ended: Sequence[EndedLease | None]) -> None:
-        events = [LeaseEnded(lease.ticket_id, lease.block_ids, lease.reason) for lease in ended if lease]
-        if events:
-            self._post(*events)
 
     def _tick(self) -> None:
         # An engine that sleeps must return expired blocks too, not only one that gets new work.
-        if self._clock() >= self._leases.next_expiry:
+        if self._desk.is_due(self._clock()):
             self._wake()
-
-    def _serve_control(self, connection: Connection, number: int) -> None:
-        try:
-            while True:
-                connection.wait_readable(None)
-                self._apply(connection.receive(Stop(self._settings.timeout_s)), number)
-        finally:
-            with self._lock:
-                lost = self._leases.lose(number)
-            self._post_ended(lost)
-
-    def _apply(self, message: Message, reader: int) -> None:
-        ended: EndedLease | None = None
-        with self._lock:
-            now = self._clock()
-            if isinstance(message, Begin):
-                self._leases.begin(message.ticket_id, reader, now)
-            elif isinstance(message, Renew):
-                for ticket_id in message.ticket_ids:
-                    self._leases.renew(ticket_id, now)
-            elif isinstance(message, Finish):
-                if message.complete:
-                    ended = self._leases.release(message.ticket_id)
-                else:
-                    ended = self._leases.give_up(message.ticket_id, reader)
-            else:
-                raise BadFrame(f"{type(message).__name__} on a control connection")
-        self._post_ended([ended])

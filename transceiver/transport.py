@@ -6,6 +6,7 @@ they were after the last byte had left; it knows nothing of tickets, leases, dig
 """
 
 import importlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -13,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from diptych.errors import ConfigError
+from diptych.errors import ConfigError, TransferError
 from diptych.transceiver.plan import CopyPlan
 from diptych.transceiver.pool import Bytes, DigestKind, Digests, Generations, KvPool
 from diptych.transceiver.pool_memory import PoolIdentity
@@ -33,7 +34,9 @@ TRANSPORTS = {
 # blocks when the plan copies whole blocks. On the copying thread.
 Landed = Callable[[int, Bytes], None]
 
-PROBE_BYTES = 8 << 20  # of one measurement; a GPU's link needs more to show its speed
+PROBE_BYTES = 8 << 20  # of one copy of a measurement; a GPU's link needs more to show its speed
+_PROBE_PATIENCE_S = 10.0  # with a copy that lingers
+_PROBE_S, _MIN_PROBES, _MAX_PROBES = 0.01, 3, 50
 
 
 class TransferState(Enum):
@@ -101,8 +104,21 @@ class Transfer(Protocol):
         """
         ...
 
+    @property
+    def lingers(self) -> bool:
+        """`wait` has raised and the destination may still be written to, until `settle` returns."""
+        ...
+
     def wait(self) -> None:
-        """Copy. When it returns or raises TransferError, the destination is no longer written to."""
+        """Copy. When it returns or raises TransferError, the destination is no longer written to, unless the
+        transfer lingers.
+        """
+        ...
+
+    def settle(self, patience_s: float) -> None:
+        """Wait until the destination is no longer written to; after so long, or when the owner is forgotten,
+        make sure of it.
+        """
         ...
 
     def abort(self) -> None:
@@ -128,7 +144,7 @@ class Transport(Protocol):
         ...
 
     def measure(self, peer: Peer, stop: Stop) -> float:
-        """GB/s of one copy of some of the peer's blocks into memory that nobody uses."""
+        """GB/s of copies of some of the peer's blocks into memory that nobody uses: the best of several."""
         ...
 
     def forget(self, incarnation: str) -> None:
@@ -164,6 +180,21 @@ def probe_plan(source: PoolIdentity, num_bytes: int) -> CopyPlan:
         source_block_bytes=source.block_bytes,
         destination_block_bytes=source.block_bytes,
     )
+
+
+def fastest(start: Callable[[], Transfer], clock: Callable[[], float] = time.monotonic) -> float:
+    """GB/s of the best of several copies: the first pays for page tables, any may wait for a busy core."""
+    best, count, until = 0.0, 0, clock() + _PROBE_S
+    while count < _MIN_PROBES or (clock() < until and count < _MAX_PROBES):
+        transfer = start()
+        try:
+            transfer.wait()
+        except TransferError:
+            transfer.settle(_PROBE_PATIENCE_S)
+            raise
+        best = max(best, transfer.bytes / transfer.seconds / 1e9)
+        count += 1
+    return best
 
 
 def ignore_landed(offset: int, data: Bytes) -> None:

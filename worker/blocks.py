@@ -5,7 +5,7 @@ Pure bookkeeping over block ids; it never touches the memory behind them. The sc
     free    nobody needs it
     cached  nobody uses it, but its content is known by hash and may be matched; evicted oldest first
     active  at least one sequence refers to it
-    leased  only a ticket holds it: a peer may be reading it
+    leased  only a ticket holds it: a peer may be reading it; or a copy that was given up may still write it
 
     free + cached + active + leased = total, always (`BlockPool.check`)
 

@@ -19,6 +19,7 @@ from diptych.transceiver.settings import (
     LeaseEnded,
     PrefillHanded,
     PrefillProgress,
+    QuarantineEnded,
 )
 from diptych.transceiver.transceiver import Transceiver
 from diptych.wire import (
@@ -178,7 +179,11 @@ class Engine(Generic[L]):
                 case PrefillProgress() | PrefillHanded() | FollowEnded():
                     self._following.take(event, now)
                 case FetchDone() | FetchFailed() if self._following.is_ours(event.fetch_id):
-                    self._following.fetched(event.fetch_id, failure=getattr(event, "message", None))
+                    self._following.fetched(
+                        event.fetch_id,
+                        failure=getattr(event, "message", None),
+                        held=getattr(event, "held", ()),
+                    )
                 case FetchDone():
                     request_id = self._fetches.pop(event.fetch_id)
                     times = SequenceTimes(
@@ -194,7 +199,11 @@ class Engine(Generic[L]):
                             event.code,
                             event.message,
                         )
-                    self._scheduler.fetch_failed(request_id, SequenceTimes(transport="recompute"), now)
+                    self._scheduler.fetch_failed(
+                        request_id, SequenceTimes(transport="recompute"), now, held=event.held
+                    )
+                case QuarantineEnded():
+                    self._scheduler.unlease(event.block_ids)
                 case LeaseEnded():
                     self._tickets -= 1
                     self._scheduler.unlease(event.block_ids)

@@ -160,7 +160,8 @@ def _assemble(
 
     memory, tensor = create_pool(settings, loaded.layout, num_blocks)
     group = parts.group
-    companions = NO_COMPANIONS if group is None else RankCompanions(group, settings.kv_transfer_timeout_s)
+    fetch_s = settings.kv_transfer_timeout_s + settings.lease_s  # its deadline, then a copy that lingers
+    companions = NO_COMPANIONS if group is None else RankCompanions(group, fetch_s)
     transceiver = assembly.open_transceiver(settings, memory, loaded.layout, parts.link.wake, companions)
     runner = loaded.computer.start(tensor, limits.max_seq_len, parts.show)
     generations: Any = memory.generations

@@ -97,8 +97,8 @@ class Following:
         else:
             followed.handed = event
 
-    def fetched(self, fetch_id: int, *, failure: str | None) -> None:
-        """A fetch of ours has ended; `failure` says why it brought nothing."""
+    def fetched(self, fetch_id: int, *, failure: str | None, held: tuple[int, ...] = ()) -> None:
+        """A fetch of ours has ended; `failure` says why it brought nothing, and its copy lingers in `held`."""
         prefetch = self._prefetching.pop(fetch_id)
         sequence, size = prefetch.followed.sequence, self._scheduler.limits.tokens_per_block
         prefetch.followed.prefetch = None
@@ -109,6 +109,7 @@ class Following:
         else:
             prefetch.followed.prefetches = False
             log.info("%s: nothing is fetched ahead: %s", sequence.id, failure)
+        self._scheduler.pool.lease(held)
         self._scheduler.pool.release(prefetch.blocks)
 
     def is_ours(self, fetch_id: int) -> bool:

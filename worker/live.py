@@ -34,6 +34,16 @@ class LiveSequences:
         sequence.status = Status.RUNNING
         self.running[sequence.id] = sequence
 
+    def wait_again(self, sequence: Sequence) -> None:
+        """Without its blocks, before all others."""
+        self.drop_blocks(sequence)
+        self.running.pop(sequence.id, None)
+        sequence.status = Status.WAITING
+        sequence.start_at(0)
+        sequence.prompt_logprobs = []
+        self.waiting[sequence.id] = sequence
+        self.waiting.move_to_end(sequence.id, last=False)
+
     def take_ended(self) -> list[TokenEvent]:
         """Of what ended since the last call."""
         events, self.ended = self.ended, []

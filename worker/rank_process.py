@@ -101,6 +101,7 @@ class Follower:
         self._num_done = 0
         self._fetches: dict[int, int] = {}  # of our transceiver -> the call
         self._calls: dict[int, int] = {}  # and back
+        self._lingering: dict[tuple[int, ...], Fetched] = {}  # by the blocks: told when nothing writes there
 
     def run(self) -> None:
         """Until the connection is closed: EOFError."""
@@ -142,16 +143,25 @@ class Follower:
             self._num_done += 1
 
     def _report_fetches(self) -> None:
-        from diptych.transceiver.settings import FetchDone, FetchFailed
+        from diptych.transceiver.settings import FetchDone, FetchFailed, QuarantineEnded
 
         for event in self._transceiver.poll(time.monotonic()):
-            call = self._fetches.pop(event.fetch_id)
-            del self._calls[call]
             match event:
                 case FetchDone():
-                    self._channel.send(Fetched(call, num_bytes=event.bytes))
+                    self._channel.send(Fetched(self._end(event.fetch_id), num_bytes=event.bytes))
                 case FetchFailed():
-                    self._channel.send(Fetched(call, code=event.code, message=event.message))
+                    failed = Fetched(self._end(event.fetch_id), code=event.code, message=event.message)
+                    if event.held:
+                        self._lingering[event.held] = failed
+                    else:
+                        self._channel.send(failed)
+                case QuarantineEnded():
+                    self._channel.send(self._lingering.pop(event.block_ids))
+
+    def _end(self, fetch_id: int) -> int:
+        call = self._fetches.pop(fetch_id)
+        del self._calls[call]
+        return call
 
 
 def _show_nothing(message: str, fraction: float) -> None:

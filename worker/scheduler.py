@@ -73,15 +73,25 @@ class Scheduler:
             self._live.publish(sequence)
             self._live.run(sequence)
 
-    def fetch_failed(self, request_id: str, times: SequenceTimes, now: float) -> None:
-        """The prompt's KV will not come: the sequence computes it like any other."""
+    def fetch_failed(
+        self, request_id: str, times: SequenceTimes, now: float, *, held: SequenceOf[int] = ()
+    ) -> None:
+        """The prompt's KV will not come: the sequence computes it like any other, and in other blocks when a copy
+        lingers in these (`held`), which nobody gets before `unlease`.
+        """
+        self.pool.lease(held)
         sequence = self._live.leave_fetching(request_id)
-        if sequence is not None:
-            sequence.fetched_at = now
-            sequence.fetch_times = times
+        if sequence is None:
+            return
+        sequence.fetched_at = now
+        sequence.fetch_times = times
+        if held:
+            self._live.wait_again(sequence)
+        else:
             self._live.run(sequence)
 
     def unlease(self, blocks: SequenceOf[int]) -> None:
+        """A ticket is over, or what lingered in these blocks."""
         self.pool.unlease(blocks)
 
     # What there is
@@ -248,13 +258,7 @@ class Scheduler:
         if sequence.num_steps:
             raise _StepsUnderWay
         self.num_preemptions += 1
-        self._live.drop_blocks(sequence)
-        self._live.running.pop(sequence.id, None)
-        sequence.status = Status.WAITING
-        sequence.start_at(0)
-        sequence.prompt_logprobs = []
-        self._live.waiting[sequence.id] = sequence
-        self._live.waiting.move_to_end(sequence.id, last=False)
+        self._live.wait_again(sequence)
 
 
 def _error_event(sequence: Sequence, message: str, status: int) -> TokenEvent:

@@ -8,7 +8,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from kv_nodes import Gate, Node, Process
+from conformance import WAYS
+from kv_nodes import Gate, Node, Process, Way
 
 
 @pytest.fixture
@@ -42,3 +43,12 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate = Gate(monkeypatch)
     yield gate
     gate.open.set()
+
+
+@pytest.fixture(params=WAYS)
+def transport(request) -> Way:
+    """Each test that takes it runs over every transport."""
+    way = request.param
+    if way == "nixl" and way.device == "cuda" and "processes" not in request.fixturenames:
+        pytest.skip("UCX does not connect two pools on GPUs within one process")
+    return way

@@ -18,6 +18,7 @@ from diptych.kv_layout import KvLayout
 from diptych.transceiver import ticket as tickets
 from diptych.transceiver.companions import NO_COMPANIONS, Companions
 from diptych.transceiver.digest import LandedDigests
+from diptych.transceiver.host_limits import HostLimits
 from diptych.transceiver.packages import missing_package
 from diptych.transceiver.pool import KvPool
 from diptych.transceiver.pool_memory import PoolMemory
@@ -45,10 +46,10 @@ class Way(str):
 
 
 def needs_package(transport: str) -> pytest.MarkDecorator:
-    missing = missing_package(transport)
-    return pytest.mark.skipif(
-        missing is not None, reason=f"transport {transport} is not installed: {missing}"
-    )
+    missing, limits = missing_package(transport), HostLimits.read()
+    if missing is None and transport == "nixl" and limits.ptrace_scope and not limits.may_trace:
+        missing = "processes of this host may not read each other's memory"
+    return pytest.mark.skipif(missing is not None, reason=f"no transport {transport} here: {missing}")
 
 
 def make_pool(layout: KvLayout, num_blocks: int, incarnation: str, device: str) -> KvPool:

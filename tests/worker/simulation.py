@@ -135,8 +135,8 @@ class Simulation:
             for slot, position in enumerate(range(start, min(start + self.tokens_per_block, len(tokens)))):
                 self.kv[block][slot] = prefix_digest(tokens[: position + 1])
 
-    def fail(self, fetch: Fetch) -> None:
-        self.scheduler.fetch_failed(fetch.sequence.id, SequenceTimes(), self.now)
+    def fail(self, fetch: Fetch, held: Iterable[int] = ()) -> None:
+        self.scheduler.fetch_failed(fetch.sequence.id, SequenceTimes(), self.now, held=list(held))
 
     def run(self, max_steps: int = 500) -> None:
         for _ in range(max_steps):

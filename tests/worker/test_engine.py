@@ -7,7 +7,14 @@ import pytest
 
 from diptych.block_hash import block_keys, unpack_keys
 from diptych.transceiver.metrics import TransceiverMetrics
-from diptych.transceiver.settings import FetchDone, FetchFailed, LeaseEnded, PrefillHanded, PrefillProgress
+from diptych.transceiver.settings import (
+    FetchDone,
+    FetchFailed,
+    LeaseEnded,
+    PrefillHanded,
+    PrefillProgress,
+    QuarantineEnded,
+)
 from diptych.wire import (
     Abort,
     Release,
@@ -192,6 +199,19 @@ def test_an_abort_reaches_the_copy_and_blocks_wait_for_it(parts):
     run(engine, link)
     assert scheduler.pool.counts().active == 0
     assert [event.finish_reason for event in link.events] == ["cancelled"]
+
+
+def test_a_leg_goes_on_though_its_copy_lingers(parts):
+    engine, link, transceiver, scheduler = parts
+    run(engine, link, submit(request_type="generation_only", output_token_ids=[9], ticket=b"ticket"))
+    held = tuple(transceiver.fetches[0][2])
+    transceiver.happened.append(FetchFailed(1, "deadline", "too late", held))
+    run(engine, link)
+    assert [event.token_ids for event in link.events] == [[6], [7]]
+    assert scheduler.pool.counts().leased == len(held) == 2
+    transceiver.happened.append(QuarantineEnded(held))
+    run(engine, link)
+    assert scheduler.pool.counts().leased == 0
 
 
 def test_the_loop_says_how_long_it_may_sleep(parts):

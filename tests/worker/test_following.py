@@ -192,6 +192,21 @@ def test_a_failed_copy_ahead_is_made_good_at_the_end():
     assert worker.sim.tokens("r") == reference(PROMPT, 5)
 
 
+def test_blocks_in_which_a_copy_ahead_lingers_are_nobodys():
+    worker = Worker()
+    worker.follow()
+    worker.progress(8)
+    worker.step()
+    ((fetch_id, (_, _, blocks)),) = worker.transceiver.fetches.items()
+    worker.following.fetched(fetch_id, failure="too late", held=tuple(blocks))
+    counts = worker.sim.scheduler.pool.counts()
+    assert counts.leased == len(blocks) == 2 and counts.active == 0
+    worker.sim.scheduler.unlease(blocks)
+    worker.hand_over()
+    worker.run()
+    assert worker.sim.tokens("r") == reference(PROMPT, 5)
+
+
 def test_nothing_is_fetched_ahead_into_blocks_that_others_need():
     worker = Worker(num_blocks=8)
     worker.sim.add("big", [9] * 20, max_tokens=8)  # may need 7 blocks

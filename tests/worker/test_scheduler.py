@@ -131,6 +131,31 @@ def test_blocks_of_an_aborted_fetch_are_held_until_the_copy_ends():
     simulation.scheduler.check()
 
 
+def test_blocks_in_which_a_copy_lingers_are_nobodys():
+    simulation = Simulation()
+    prompt = list(range(9))
+    simulation.add("a", prompt, request_type="generation_only", output_token_ids=[3], ticket=b"t")
+    simulation.add("b", [7] * 9, request_type="generation_only", output_token_ids=[3], ticket=b"t")
+    simulation.step()
+    first, second = simulation.fetches
+    simulation.scheduler.abort("b")
+    for fetch in (first, second):
+        simulation.fail(fetch, fetch.destination_blocks)
+    assert simulation.scheduler.pool.counts().leased == 6
+    simulation.run()
+    assert simulation.tokens("a") == reference([*prompt, 3], 4), "computed, in other blocks"
+    assert simulation.reason("b") == "cancelled" and simulation.scheduler.num_preemptions == 0
+    generations = simulation.scheduler.pool.generations
+    assert [generations[block] for block in (*first.destination_blocks, *second.destination_blocks)] == [
+        1
+    ] * 6
+    assert simulation.scheduler.pool.counts().leased == 6
+    for fetch in (first, second):
+        simulation.scheduler.unlease(fetch.destination_blocks)
+    assert simulation.scheduler.pool.counts().leased == 0
+    simulation.scheduler.check()
+
+
 def test_deadlines_end_sequences_with_a_typed_error():
     simulation = Simulation(max_batch_size=1)
     simulation.add("a", [1, 2], max_tokens=30)

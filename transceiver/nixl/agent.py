@@ -55,6 +55,7 @@ class RunningRead:
     def release(self) -> None:
         with contextlib.suppress(TransferError), self._agent.errors():
             self._handle.release()
+        self._handle = None  # it would keep nixl's agent alive
 
 
 class NixlAgent:
@@ -88,7 +89,7 @@ class NixlAgent:
         return self._alive[0]
 
     def close(self) -> None:
-        """It goes when the last read of it was released."""
+        """It goes when the last read of it was released, and with it what such a read still does."""
         self._alive.clear()
 
     def register(self, memory: Memory) -> Any:
@@ -108,14 +109,12 @@ class NixlAgent:
         return AgentCard(name=self.name, metadata=metadata, pool=pool)
 
     def add(self, card: AgentCard) -> None:
-        if card.name != self.name:  # it can read its own memory as it is
-            with self.errors():
-                self.library.add_remote_agent(card.metadata)
+        with self.errors():
+            self.library.add_remote_agent(card.metadata)
 
     def remove(self, card: AgentCard) -> None:
-        if card.name != self.name:
-            with contextlib.suppress(TransferError), self.errors():
-                self.library.remove_remote_agent(card.name)
+        with contextlib.suppress(TransferError), self.errors():
+            self.library.remove_remote_agent(card.name)
 
     def read(
         self, card: AgentCard, source: Int64s, here: Memory, destination: Int64s, length: Int64s

@@ -1,21 +1,26 @@
 """A reader's side of one owner: its agent made known to ours, and the proof that it can be read without its help."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 
-from diptych.errors import TransferError
 from diptych.transceiver.frames import MAX_SPANS, Alone, Attach, Attached, BadFrame, Read, Reading, Sent
-from diptych.transceiver.nixl.agent import AgentCard, Memory, NixlAgent, RunningRead
+from diptych.transceiver.nixl.agent import AgentCard, Memory, RunningRead
+from diptych.transceiver.nixl.shared import Shared
 from diptych.transceiver.pool import Generations
 from diptych.transceiver.spans import Int64s
 from diptych.transceiver.stop import Stop
 from diptych.transceiver.transport import Unreachable
 from diptych.transceiver.wires import StreamPeer, Wire, broken
+
+if TYPE_CHECKING:
+    from diptych.transceiver.nixl.reader import NixlReader
 
 POLL_S = 20e-6
 _ACQUAINTANCE_S = 5.0
@@ -28,49 +33,46 @@ _REMEDY = (
 
 
 class NixlPeer:
-    """One owner's agent, known to ours."""
+    """One owner's agent, known to the reader's."""
 
     reason = "its memory can be read without its help"
 
-    def __init__(self, agent: NixlAgent, card: AgentCard, wires: StreamPeer) -> None:
+    def __init__(self, reader: "NixlReader", card: AgentCard, wires: StreamPeer) -> None:
         self.card = card
         self.wires = wires
         self.region = wires.region
-        self._agent = agent
-        self._lock = threading.Lock()
-        self._users = 1  # the transport
+        self.reader = reader
+        self._shared = Shared(self._close)
         self._proving = threading.Lock()
         self._proven = False
         self._refusal: Unreachable | None = None
-        agent.add(card)
+        reader.agent.add(card)
+
+    @property
+    def forgotten(self) -> bool:
+        return self._shared.retired
 
     @contextmanager
     def use(self) -> Iterator[None]:
-        """Our agent knows it for as long as this lasts."""
-        with self._lock:
-            if not self._users:
-                raise TransferError("the owner was forgotten meanwhile", code="peer_gone")
-            self._users += 1
-        try:
+        """The reader's agent lives and knows it for as long as this lasts."""
+        with self.reader.shared.use(), self._shared.use():
             yield
-        finally:
-            self.close()
 
-    def close(self) -> None:
-        """By the transport once, and at the end of every use."""
-        with self._lock:
-            self._users -= 1
-            last = not self._users
-        if last:
-            self._agent.remove(self.card)
-            self.wires.close()
+    def forget(self) -> None:
+        """As soon as nobody uses it."""
+        self._shared.retire()
+
+    def _close(self) -> None:
+        with contextlib.suppress(ConnectionError):  # the agent is gone
+            self.reader.agent.remove(self.card)
+        self.wires.close()
 
     def prove(self, proof: Memory, stop: Stop) -> None:
         """Once: make acquaintance with the owner's help, then read without it. Into `proof`, which stays."""
         with self._proving:
             if self._refusal is not None:
                 raise self._refusal
-            if self._proven or self.card.name == self._agent.name:
+            if self._proven:
                 return
             with self.use(), borrowed(self.wires, stop) as wire:
                 self._prove(wire, proof, stop)
@@ -96,7 +98,7 @@ class NixlPeer:
     def _read(self, proof: Memory) -> RunningRead:
         start = np.zeros(1, np.int64)
         length = np.array([min(proof.num_bytes, self.region.identity.block_bytes)])
-        return self._agent.read(self.card, start, proof, start, length)
+        return self.reader.agent.read(self.card, start, proof, start, length)
 
     def _refuse(self, reason: str) -> Unreachable:
         self._refusal = Unreachable(reason, remedy=_REMEDY)

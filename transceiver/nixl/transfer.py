@@ -1,13 +1,18 @@
-"""One copy by nixl: reads of a bounded size, a few at a time, and then the owner's word on its generations."""
+"""One copy by nixl: reads of a bounded size, a few at a time, and then the owner's word on its generations.
 
+A read cannot be recalled. One that has not ended by the deadline lingers; what ends it at last is the end of our agent.
+"""
+
+import contextlib
 import time
 from collections import deque
+from contextlib import ExitStack
 
 import numpy as np
 
 from diptych.errors import TransferError
 from diptych.transceiver.frames import Reading
-from diptych.transceiver.nixl.agent import Memory, NixlAgent, RunningRead
+from diptych.transceiver.nixl.agent import Memory, RunningRead
 from diptych.transceiver.nixl.peer import POLL_S, NixlPeer, ask_generations, borrowed
 from diptych.transceiver.outcome import Outcome
 from diptych.transceiver.plan import CopyPlan
@@ -22,13 +27,13 @@ from diptych.transceiver.transport import Landed, TransferState, ignore_landed
 _READ_BYTES = {"DRAM": 8 << 20, "VRAM": 256 << 20}
 _READ_SPANS = 4096
 _WINDOW = 2  # reads at a time
+_SETTLE_EVERY_S = 0.01
 
 
 class NixlTransfer(Outcome):
     def __init__(
         self,
         peer: NixlPeer,
-        agent: NixlAgent,
         here: Memory,
         plan: CopyPlan,
         stop: Stop,
@@ -39,24 +44,33 @@ class NixlTransfer(Outcome):
         """`pool`: what `here` belongs to, when anybody wants to know what landed."""
         super().__init__(stop)
         self._peer = peer
-        self._agent = agent
         self._here = here
         self._plan = plan
         self._pool = pool
         self._landed = landed
         self._digest_kind = digest_kind
         self._running: deque[tuple[RunningRead, Spans]] = deque()
+        self._held: ExitStack | None = None  # peer and wire of reads that go on after `wait`
+
+    @property
+    def lingers(self) -> bool:
+        return self._held is not None
 
     def wait(self) -> None:
         started = time.monotonic()
         sharpen_timer()
         try:
-            with self._peer.use(), borrowed(self._peer.wires, self._stop) as wire:
+            with ExitStack() as held:
+                held.enter_context(self._peer.use())
+                wire = held.enter_context(borrowed(self._peer.wires, self._stop))
                 wire.send(Reading(), self._stop)  # nixl goes on making acquaintance during the first reads
                 try:
                     self._copy()
-                finally:
-                    self._settle()
+                except BaseException:
+                    # They end by themselves, unless an owner that is frozen is still needed for that.
+                    if not self._let_go(self._stop.remaining_s()):
+                        self._held = held.pop_all()
+                    raise
                 self.generations = ask_generations(wire, self._plan.source_blocks, self._stop)
             self.digests = self._digest()
             self.state = TransferState.DONE
@@ -78,7 +92,7 @@ class NixlTransfer(Outcome):
             self._finish()
 
     def _start(self, spans: Spans) -> RunningRead:
-        return self._agent.read(
+        return self._peer.reader.agent.read(
             self._peer.card, spans.source_offset, self._here, spans.destination_offset, spans.length
         )
 
@@ -98,17 +112,43 @@ class NixlTransfer(Outcome):
             for start, length in zip(spans.destination_offset.tolist(), spans.length.tolist(), strict=True):
                 self._landed(start, self._pool.data[start : start + length])
 
-    def _settle(self) -> None:
-        """Until nothing is read any more. No deadline: what is read into is nobody else's before that."""
+    def settle(self, patience_s: float) -> None:
+        held, self._held = self._held, None
+        if held is None:
+            return
+        until = time.monotonic() + patience_s
+        with contextlib.suppress(TransferError), held:
+            while not (over := self._let_go(0.0)) and not self._peer.forgotten and time.monotonic() < until:
+                time.sleep(_SETTLE_EVERY_S)
+            if not over:
+                self._give_up()
+            raise TransferError("it was given up", code="deadline")  # the wire is of no more use
+        if not over:
+            self._peer.reader.shared.closed.wait()  # others use our agent no longer than their own deadlines
+
+    def _give_up(self) -> None:
+        for read, _ in self._running:
+            read.release()
+        self._running.clear()
+        self._peer.reader.retire()
+
+    def _let_go(self, seconds: float) -> bool:
+        """Whether nothing is read any more, within that time."""
+        limit = time.monotonic() + seconds
         while self._running:
-            read, _ = self._running.popleft()
+            read, _ = self._running[0]
             try:
-                while not read.is_done():
-                    time.sleep(POLL_S)
+                over = read.is_done()
             except TransferError:
-                continue  # over, too
-            finally:
+                over = True
+            if over:
+                self._running.popleft()
                 read.release()
+            elif time.monotonic() >= limit:
+                return False
+            else:
+                time.sleep(POLL_S)
+        return True
 
     def _digest(self) -> Digests | None:
         pool, plan = self._pool, self._plan

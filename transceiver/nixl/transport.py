@@ -6,7 +6,9 @@ of the owner's process, which a reader that leaves in the middle can then bring 
 which is no faster than tcp.py. So a read always ends by itself, and a transfer that is given up waits for that.
 """
 
+import contextlib
 import secrets
+import threading
 
 import msgspec
 
@@ -15,8 +17,8 @@ from diptych.transceiver.nixl.agent import NixlAgent
 from diptych.transceiver.nixl.memory import context_of, memory_of, scratch_like
 from diptych.transceiver.nixl.owner import NixlOwner
 from diptych.transceiver.nixl.peer import NixlPeer, ask_card
+from diptych.transceiver.nixl.reader import NixlReader
 from diptych.transceiver.nixl.transfer import NixlTransfer
-from diptych.transceiver.peers import Peers
 from diptych.transceiver.plan import CopyPlan
 from diptych.transceiver.pool import DigestKind, KvPool
 from diptych.transceiver.stop import Stop
@@ -25,11 +27,10 @@ from diptych.transceiver.transport import (
     Landed,
     TransportContext,
     Unreachable,
+    fastest,
     probe_plan,
 )
 from diptych.transceiver.wires import Connections, StreamPeer, StreamRegion
-
-_PROOF_BYTES = 64 << 10
 
 
 class NixlTransport:
@@ -38,21 +39,19 @@ class NixlTransport:
     def __init__(self, context: TransportContext) -> None:
         self._context = context
         self._memory: KvPool | None = None
-        self._peers: Peers[NixlPeer] = Peers()
+        self._lock = threading.Lock()
 
     def register(self, memory: KvPool) -> bytes:
         identity, server = memory.identity, self._context.server
         self._memory = memory
-        self._here = memory_of(memory)
-        # Several agents of one process have names of their own, also in processes of the same incarnation.
         self._agent = NixlAgent(f"{identity.incarnation}-{secrets.token_hex(4)}", context_of(memory))
-        self._proof, self._keep = scratch_like(self._here, _PROOF_BYTES)
+        pool = memory_of(memory)
         try:
-            self._agent.register(self._here)
-            card = self._agent.card(self._here)
-            self._agent.register(self._proof)
+            self._agent.register(pool)
+            card = self._agent.card(pool)
         except TransferError as error:
             raise StartupError(f"KV transport nixl cannot register the KV pool: {error}") from error
+        self._reader = NixlReader(memory)
         owner = NixlOwner(self._agent, card, memory, self._context.send_timeout_s)
         server.handle("nixl", owner.serve)
         host, port = server.address
@@ -63,10 +62,11 @@ class NixlTransport:
         region = StreamRegion.decode(descriptor)
         if region.identity.on_device != self._memory.identity.on_device:
             raise Unreachable("one of the pools is on a GPU, the other is not")
-        peer = self._peers.find(descriptor)
+        reader = self._living_reader(self._memory)
+        peer = reader.peers.find(descriptor)
         if peer is None:
-            peer = self._meet(descriptor, region, stop)
-        peer.prove(self._proof, stop)
+            peer = self._meet(reader, descriptor, region, stop)
+        peer.prove(reader.proof, stop)
         return peer
 
     def start(
@@ -77,39 +77,43 @@ class NixlTransport:
             source_blocks=peer.region.identity.num_blocks,
             destination_blocks=self._memory.identity.num_blocks,
         )
-        return NixlTransfer(peer, self._agent, self._here, plan, stop, self._memory, landed, digest_kind)
+        return NixlTransfer(peer, peer.reader.here, plan, stop, self._memory, landed, digest_kind)
 
     def measure(self, peer: NixlPeer, stop: Stop) -> float:
-        size = PROBE_BYTES if self._here.kind == "DRAM" else 8 * PROBE_BYTES
+        reader = peer.reader
+        size = PROBE_BYTES if reader.here.kind == "DRAM" else 8 * PROBE_BYTES
         plan = probe_plan(peer.region.identity, size)
-        scratch, keep = scratch_like(self._here, plan.num_bytes)
-        registered = self._agent.register(scratch)
-        best = 0.0
+        scratch, keep = scratch_like(reader.here, plan.num_bytes)
+        registered = reader.agent.register(scratch)
         try:
-            for _ in range(3):  # the first one pays for page tables
-                transfer = NixlTransfer(peer, self._agent, scratch, plan, stop)
-                transfer.wait()
-                best = max(best, transfer.bytes / transfer.seconds / 1e9)
+            return fastest(lambda: NixlTransfer(peer, scratch, plan, stop))
         finally:
-            self._agent.deregister(registered)
+            with contextlib.suppress(ConnectionError):  # the agent is gone, and what it knew
+                reader.agent.deregister(registered)
             del keep
-        return best
 
     def forget(self, incarnation: str) -> None:
-        for peer in self._peers.forget(incarnation):
-            peer.close()
+        for peer in self._reader.peers.forget(incarnation):
+            peer.forget()
 
     def close(self) -> None:
-        for peer in self._peers.clear():
-            peer.close()
         if self._memory is not None:
+            self._reader.retire()
             self._agent.close()
 
-    def _meet(self, descriptor: bytes, region: StreamRegion, stop: Stop) -> NixlPeer:
+    def _living_reader(self, memory: KvPool) -> NixlReader:
+        with self._lock:
+            if self._reader.shared.retired:
+                self._reader = NixlReader(memory)
+            return self._reader
+
+    def _meet(self, reader: NixlReader, descriptor: bytes, region: StreamRegion, stop: Stop) -> NixlPeer:
         wires = StreamPeer(region, Connections("nixl"), self._context.secret)
         card = ask_card(wires, stop)
-        peer = self._peers.add(
-            descriptor, region.identity.incarnation, lambda: NixlPeer(self._agent, card, wires)
+        peer = reader.peers.add(
+            descriptor,
+            region.identity.incarnation,
+            lambda: NixlPeer(reader, card, wires),
         )
         if peer.wires is not wires:  # somebody else was faster
             wires.close()
