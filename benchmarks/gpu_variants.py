@@ -33,7 +33,6 @@ from diptych.kernels import (
     skinny_linear_triton,
 )
 from diptych.kernels.decode_attention_triton import DecodePlan
-from diptych.kernels.skinny_linear_triton import SkinnyPlan
 from diptych.worker.device_state import DeviceState
 from diptych.worker.graphs import DecodeGraphs
 from diptych.worker.models import cuda_network
@@ -65,22 +64,16 @@ def no_dependent_launch() -> Variant:
     return Variant("kernels wait to be launched", tuple(patch.object(m, "chained", plain) for m in _MODULES))
 
 
-def products(name: str, rows: int = 16, **fields: Any) -> Variant:
-    """All products of up to `rows` rows skinny, with another plan."""
+def products(name: str, **fields: Any) -> Variant:
+    """All skinny products with another plan."""
     plain, gated = cuda_network.choose, cuda_network.choose_gated
     return Variant(
         f"products: {name}",
         (
-            patch.object(cuda_network, "MAX_ROWS", rows),
             patch.object(cuda_network, "choose", lambda *a: dataclasses.replace(plain(*a), **fields)),
             patch.object(cuda_network, "choose_gated", lambda *a: dataclasses.replace(gated(*a), **fields)),
         ),
     )
-
-
-def gated(*values: int) -> Variant:
-    plan = SkinnyPlan(*values)
-    return Variant(f"gated {values}", (patch.object(cuda_network, "choose_gated", lambda *a: plan),))
 
 
 def max_rows(count: int) -> Variant:
@@ -117,56 +110,31 @@ def attention(*values: int) -> Variant:
     return Variant(f"attention {values}", (patch.object(DecodePlan, "choose", lambda *a: plan),))
 
 
+# Shares, tile, stages, warps.
+_ATTENTION = {
+    1: ((8, 32, 3, 1), (8, 64, 3, 4), (16, 32, 3, 2), (32, 64, 3, 4)),
+    8: ((4, 128, 3, 4), (8, 64, 3, 2), (8, 64, 3, 4), (8, 32, 3, 2)),
+    64: ((1, 64, 3, 4), (1, 32, 3, 1), (1, 32, 3, 2), (2, 64, 3, 4)),
+    256: ((1, 32, 3, 2), (1, 64, 3, 2), (1, 64, 3, 4)),
+}
+
+
 def variants(rows: int) -> Iterator[Variant]:
     yield Variant("as it is")
     yield no_dependent_launch()
-    if rows <= 64:
-        yield gate_apart()
     if rows == 1:
-        for ahead in (0, 512, 2048, 4096):
-            yield products(f"{ahead} columns ahead", ahead=ahead)
-        for stages in (2, 3, 5):
-            yield products(f"{stages} stages", stages=stages)
-        yield products("4 rows, 1024 columns", block_n=4)
-        yield products("2 rows, 2048 columns", block_n=2, block_k=2048, ahead=2048)
+        yield gate_apart()
+        yield products("1024 columns ahead", ahead=1024)
+        yield products("4 stages", stages=4)
         yield products("8 rows, 512 columns", block_n=8, block_k=512)
+    if rows <= 16:
         yield max_rows(0)
-        for form in (
-            (8, 32, 3, 4),
-            (8, 32, 3, 1),
-            (8, 32, 3, 2),
-            (16, 16, 3, 1),
-            (4, 64, 3, 4),
-            (16, 64, 3, 2),
-        ):
-            yield attention(*form)
-    elif rows <= 64:
-        yield max_rows(64 if rows > 16 else 0)
-        for outputs in (6144, 4096, 28672, 128256) if rows <= 16 else ():
+        for outputs in (6144, 4096, 28672, 128256):
             yield cublas_for(outputs)
-        if rows > 16:
-            yield products("128 outputs of 8 warps", 64, block_n=128, num_warps=8)
-            yield products("no splits", 64, splits=1)
-            yield products("64 outputs", 64, block_n=64)
-        else:
-            for form in ((16, 128), (32, 128), (64, 64), (16, 256)):
-                yield gated(*form)
-    if rows == 8:
-        for form in (
-            (2, 64, 3, 4),
-            (4, 64, 3, 4),
-            (8, 32, 3, 2),
-            (8, 64, 3, 4, 0),
-            (8, 64, 3, 4, 128),
-            (8, 128, 3, 4),
-        ):
-            yield attention(*form)
-    if rows > 8:
-        for form in (
-            (1, 64, 3, 4, 0), (1, 64, 3, 4, 128), (1, 64, 3, 4, 256), (1, 32, 3, 1), (1, 32, 3, 2), (1, 16, 4, 1),
-            (1, 64, 3, 2), (2, 64, 3, 4),
-        ):  # fmt: skip
-            yield attention(*form)
+    if rows == 64:
+        yield max_rows(64)
+    for form in _ATTENTION[rows]:
+        yield attention(*form)
     yield Variant("as it is, again")
 
 
@@ -208,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", default="1,64,256", metavar="N[,N...]")
+    parser.add_argument("--rows", default="1,8,64,256", metavar="N[,N...]")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     cases: list[dict[str, Any]] = []

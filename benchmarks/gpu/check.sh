@@ -36,8 +36,8 @@ for wanted in "${@:-setup attention tests serve steps variants kernels}"; do
         model) part model 200 "${tests[@]}" --timeout 190 -m model tests/worker/test_cuda_runner.py ;;
         serve)
             part serve 150 python3 benchmarks/gpu_serve.py --output "$OUT/serve8b.json"
-            part serve_metrics 90 python3 benchmarks/gpu_serve.py --shape 135m --iterations \
-                --output "$OUT/serve135m.json"
+            part serve_metrics 90 python3 benchmarks/gpu_serve.py --iterations --load 1x256 --load 64x1024 \
+                --output "$OUT/serve8b_metrics.json"
             ;;
         steps)
             part step135m 60 python3 benchmarks/gpu_step.py --shape 135m --triton --output "$OUT/step135m.json"
@@ -51,7 +51,7 @@ for wanted in "${@:-setup attention tests serve steps variants kernels}"; do
             part tp_kill 80 python3 benchmarks/gpu_tp.py --part kill --output "$OUT/tp_kill.json"
             part tp_speed 280 python3 benchmarks/gpu_tp.py --part speed --output "$OUT/tp_speed.json"
             ;;
-        variants) part "variants${ROWS:-}" 240 python3 benchmarks/gpu_variants.py --rows "${ROWS:-1,8,64,256}" --output "$OUT/variants${ROWS:-}.json" ;;
+        variants) part variants 200 python3 benchmarks/gpu_variants.py --output "$OUT/variants.json" ;;
         kernels) part kernels 200 python3 benchmarks/gpu_kernels.py linear decode ;;
         *) echo "no part $name: setup, attention, tests, model, serve, steps, variants, kernels, tp" ;;
         esac

@@ -115,11 +115,7 @@ def cuda_runner(config, weights, *, graphs=ON_GPU, flashinfer=False, sampler=Non
     return CudaRunner(network, pool, state, prefill, captured, sampler or Sampler(EOS))
 
 
-def serve(runner, requests, *, max_num_tokens=48 if ON_GPU else 16, told=None):
-    """Everything that comes back for each request, arriving one every second step, each step launched early.
-
-    `told` gets the log probabilities of prompts.
-    """
+def scheduler_of(max_num_tokens=48 if ON_GPU else 16):
     limits = SchedulerLimits(
         max_batch_size=8,
         max_num_tokens=max_num_tokens,
@@ -127,7 +123,15 @@ def serve(runner, requests, *, max_num_tokens=48 if ON_GPU else 16, told=None):
         tokens_per_block=BLOCK,
         eos_token_ids=EOS,
     )
-    scheduler = Scheduler(limits, BlockPool(NUM_BLOCKS))
+    return Scheduler(limits, BlockPool(NUM_BLOCKS))
+
+
+def serve(runner, requests, *, scheduler=None, told=None):
+    """Everything that comes back for each request, arriving one every second step, each step launched early.
+
+    `told` gets the log probabilities of prompts.
+    """
+    scheduler = scheduler or scheduler_of()
     found = {request.request_id: [] for request in requests}
     waiting, before = list(requests), None
 
@@ -189,9 +193,10 @@ def test_greedy_tokens_are_the_likeliest_in_float32(dtype, fields):
     check_greedy(config, weights_of(config))
 
 
-def check_greedy(config, weights, **options):
-    requests = requests_of([SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)])
-    found = serve(cuda_runner(config, weights, **options), requests)
+def check_greedy(config, weights, requests=None, scheduler=None, **options):
+    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
+    requests = requests or requests_of([params])
+    found = serve(cuda_runner(config, weights, **options), requests, scheduler=scheduler)
     for request in requests:
         outputs = found[request.request_id]
         assert len(outputs) == NUM_TOKENS
@@ -202,6 +207,21 @@ def check_greedy(config, weights, **options):
             if not is_likeliest(logits, token, config.dtype)
         ]
         assert not wrong, (request.request_id, wrong)
+
+
+def test_prompts_found_in_the_cache():
+    """What is left of such a prompt goes through other kernels: its tokens need not be the same, but as likely."""
+    config = config_of("float16", qk_norm=True)
+    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
+    (first,) = requests_of([params], lengths=(2 * BLOCK + 3,))
+    # Of the others a few tokens, and one, are left.
+    again = msgspec.structs.replace(first, request_id="again")
+    shorter = msgspec.structs.replace(
+        first, request_id="shorter", prompt_token_ids=first.prompt_token_ids[: 2 * BLOCK + 1]
+    )
+    scheduler = scheduler_of()
+    check_greedy(config, weights_of(config), [first, again, shorter], scheduler)
+    assert scheduler.num_cached_tokens == 4 * BLOCK
 
 
 @NEEDS_FLASHINFER
