@@ -45,6 +45,18 @@ def main() -> None:
     end_with_parent()
     settings = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=EngineSettings)
     logs.configure(settings.log_level)
+    code = 1
+    try:
+        code = _run(settings)
+    except Exception:
+        log.exception("the engine failed")
+    finally:
+        # Communicators and threads of libraries may wait for ranks that are gone.
+        os._exit(code)
+
+
+def _run(settings: EngineSettings) -> int:
+    """Until it is told to end; the exit code."""
     with ExitStack() as stack:
         link = EngineLink(sys.argv[1])
         stack.callback(link.close)
@@ -55,7 +67,7 @@ def main() -> None:
                 engine = _build(settings, link, group)
         except StartupError as error:
             link.send(EngineFailed(message=error.message))
-            sys.exit(2)
+            return 2
         stack.callback(engine.close)
         # Garbage collection pauses are step pauses: what the start left behind is here for good.
         gc.collect()
@@ -63,6 +75,7 @@ def main() -> None:
         watch.is_ready = True
         with _no_error_but_a_lost_ranks(group):
             engine.run()
+    return 0
 
 
 @contextmanager
