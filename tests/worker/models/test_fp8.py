@@ -14,6 +14,8 @@ from diptych.worker.models.build import build_model
 from diptych.worker.models.fp8_weights import FP8, FP8_MAX, StoredWeight, quantize_rows
 from diptych.worker.models.loader import dummy_weights, load_config, load_weights
 from diptych.worker.models.quantization import Quantization
+from diptych.worker.models.weights import weight_specs
+from diptych.worker.parallel import ParallelDims
 from diptych.worker.precision import with_precision
 from diptych.worker.settings import EngineSettings
 
@@ -185,6 +187,24 @@ def test_weights_that_stay_narrow_are_the_same_numbers(layout, make_checkpoint):
             assert kept[f"{name}_scale"].shape == (len(actual),)
             actual = (actual.float() * kept[f"{name}_scale"][:, None]).bfloat16()
         assert torch.equal(actual, weight), name
+
+
+@pytest.mark.parametrize("keep_fp8", [False, True])
+@pytest.mark.parametrize("layout", ["modelopt", "compressed_channel", "fp8_blocks"])
+def test_ranks_hold_parts_of_the_same_numbers(layout, keep_fp8, make_checkpoint):
+    path, _ = make_checkpoint("Qwen3", torch.bfloat16)
+    quantize(path, layout)
+    config = load_config(path)
+    whole = load_weights(path, config, lambda fraction: None)
+    for rank in range(2):
+        dims = ParallelDims(tp_size=2, tp_rank=rank)
+        part = load_weights(path, config, lambda fraction: None, dims=dims, keep_fp8=keep_fp8)
+        assert any(weight.dtype == FP8 for weight in part.values()) is (keep_fp8 and layout != "fp8_blocks")
+        for spec in weight_specs(config):
+            actual = part[spec.name]
+            if actual.dtype == FP8:
+                actual = (actual.float() * part[f"{spec.name}_scale"][:, None]).bfloat16()
+            assert torch.equal(actual, spec.local(whole[spec.name], dims)), spec.name
 
 
 def test_weights_whose_size_the_kernels_do_not_take_are_widened(make_checkpoint):
