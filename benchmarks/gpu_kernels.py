@@ -150,16 +150,17 @@ class DecodeCase:
     dim: int
     rows: int
     context: int
+    dtype: torch.dtype = torch.bfloat16  # of the cache
 
     @property
     def num_bytes(self) -> int:
-        return self.rows * self.context * 2 * self.kv_heads * self.dim * 2
+        return self.rows * self.context * 2 * self.kv_heads * self.dim * self.dtype.itemsize
 
     def measure(self) -> None:
         per_row = self.context // BLOCK
         layers = max(2, min(16, int(2e9 / self.num_bytes)))
         shape = (self.rows * per_row, layers, 2, self.kv_heads, BLOCK, self.dim)
-        pool = torch.empty(shape, device=DEVICE, dtype=torch.bfloat16).normal_()
+        pool = torch.empty(shape, device=DEVICE, dtype=torch.bfloat16).normal_().to(self.dtype)
         layout = HeadLayout(self.heads, self.kv_heads, self.dim, 1e-5)
         angles = torch.rand(2, self.context, self.dim // 2, device=DEVICE)
         inputs = HeadInputs(layout, None, None, (angles[0].cos(), angles[1].sin()))
@@ -199,7 +200,7 @@ class DecodeCase:
                 yield DecodePlan(shares, tile, stages, warps)
 
     def _flashinfer(self, query: Tensor, pool: Tensor, tables: Tensor) -> dict[str, float]:
-        if not flashinfer.is_installed():
+        if self.dtype != torch.bfloat16 or not flashinfer.is_installed():
             return {}
         decode = flashinfer.FlashInferDecode(
             attention_shape(self.heads, self.kv_heads, self.dim),
@@ -214,7 +215,9 @@ class DecodeCase:
 
 
 def attention_shape(heads: int, kv_heads: int, dim: int) -> flashinfer.AttentionShape:
-    return flashinfer.AttentionShape(heads, kv_heads, dim, BLOCK, dim**-0.5, None, torch.bfloat16)
+    return flashinfer.AttentionShape(
+        heads, kv_heads, dim, BLOCK, dim**-0.5, None, torch.bfloat16, torch.bfloat16
+    )
 
 
 def measure_decode() -> None:

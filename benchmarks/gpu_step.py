@@ -1,6 +1,7 @@
 """Decode and prefill of the GPU engine on random weights: the graph alone, and the whole engine without HTTP.
 
-    python benchmarks/gpu_step.py [--shape 8b --shape 135m] [--triton] [--output FILE.json]
+    python benchmarks/gpu_step.py [--shape 8b --shape 135m] [--quant none --quant fp8] [--kv auto --kv fp8]
+                                  [--triton] [--output FILE.json]
 
 A decode step is timed three ways: replays of its graph, the engine's step loop (scheduler, sampling, overlap, events)
 in wall time, and the floor: the bytes of weights and KV that it must read over what the memory gives in a copy.
@@ -9,6 +10,7 @@ Figures are medians; `spread` is the 10th and 90th percentile.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import platform
 import statistics
@@ -29,7 +31,8 @@ from diptych.worker.device_state import DeviceState
 from diptych.worker.graphs import DecodeGraphs
 from diptych.worker.models.config import ModelConfig, RopeConfig
 from diptych.worker.models.cuda_network import CudaNetwork
-from diptych.worker.models.weights import dummy_weights
+from diptych.worker.models.quantization import Quantization
+from diptych.worker.models.weights import DTYPES, dummy_weights
 from diptych.worker.prefill import TritonPrefill, choose_prefill
 from diptych.worker.sampler import Sampler
 
@@ -43,13 +46,14 @@ class Shape:
     decodes: tuple[tuple[int, int], ...]  # rows, context
 
 
-def shape_of(name: str) -> Shape:
+def shape_of(name: str, quantization: Quantization | None = None) -> Shape:
     common: dict[str, Any] = {
         "family": "llama",
         "rms_norm_eps": 1e-5,
         "rope": RopeConfig(theta=500000.0),
         "max_position_embeddings": 8192,
         "dtype": "bfloat16",
+        "quantization": quantization or Quantization(),
     }
     if name == "8b":
         config = ModelConfig(
@@ -106,16 +110,17 @@ class Machine:
     def __init__(self, shape: Shape, *, flashinfer: bool) -> None:
         self.shape, config = shape, shape.config
         self.device = torch.device("cuda", 0)
-        self.network = CudaNetwork(config, dummy_weights(config, device=self.device), self.device, 8192)
+        weights = dummy_weights(config, device=self.device, keep_fp8=True)
+        self.network = CudaNetwork(config, weights, self.device, 8192)
         per_row = -(-(max(context for _, context in shape.decodes) + 256) // BLOCK)
         self.blocks_per_row = max(per_row, 2304 // BLOCK)
         self.num_blocks = max(rows for rows, _ in shape.decodes) * per_row + 8
         self.pool = torch.empty(
             self.num_blocks, config.num_layers, 2, config.num_kv_heads, BLOCK, config.head_dim,
-            dtype=torch.bfloat16, device=self.device,
+            dtype=DTYPES[config.kv_dtype], device=self.device,
         )  # fmt: skip
-        for start in range(0, self.num_blocks, 256):
-            self.pool[start : start + 256].normal_()
+        for part in self.pool.split(256):
+            part.copy_(torch.randn(part.shape, dtype=torch.bfloat16, device=self.device))
         self.attention = AttentionShape(
             config.num_heads,
             config.num_kv_heads,
@@ -124,12 +129,13 @@ class Machine:
             config.head_dim**-0.5,
             None,
             torch.bfloat16,
+            self.pool.dtype,
         )
         self.prefill = (choose_prefill if flashinfer else TritonPrefill)(self.attention, self.device)
 
     def floor_ms(self, rows: int, context: int) -> float:
         config = self.shape.config
-        per_token = config.num_layers * 2 * config.num_kv_heads * config.head_dim * 2
+        per_token = config.num_layers * 2 * config.num_kv_heads * config.head_dim * self.pool.itemsize
         return (self.network.weight_bytes + rows * context * per_token) / MEMORY_TB_S / 1e9
 
 
@@ -195,6 +201,8 @@ def measure_prefill(
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--shape", action="append", choices=["8b", "135m"])
+    parser.add_argument("--quant", action="append", choices=["none", "fp8"], help="of the weights")
+    parser.add_argument("--kv", action="append", choices=["auto", "fp8"], help="of the KV cache")
     parser.add_argument("--triton", action="store_true", help="prompts without flashinfer")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -206,11 +214,14 @@ def main() -> None:
     }
     torch.manual_seed(0)
     with torch.inference_mode():
-        for name in arguments.shape or ["8b", "135m"]:
-            machine = Machine(shape_of(name), flashinfer=not arguments.triton)
+        cases = arguments.shape or ["8b", "135m"], arguments.quant or ["none"], arguments.kv or ["auto"]
+        for name, quant, kv in itertools.product(*cases):
+            quantization = Quantization("fp8" if quant == "fp8" else "plain", fp8_kv=kv == "fp8")
+            machine = Machine(shape_of(name, quantization), flashinfer=not arguments.triton)
+            label = name + " fp8" * (quant == "fp8") + " fp8-kv" * (kv == "fp8")
             for rows, context in machine.shape.decodes:
-                measure_graph(machine, name, rows, context, results)
-            measure_prefill(machine, name, results)
+                measure_graph(machine, label, rows, context, results)
+            measure_prefill(machine, label, results)
             del machine
             torch.cuda.empty_cache()
 

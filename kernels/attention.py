@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_FP8_MAX = 448.0
+
 
 @dataclass(frozen=True, slots=True)
 class SequenceSpan:
@@ -97,7 +99,12 @@ def _mask(
 
 
 def append_kv(key: Tensor, value: Tensor, cache: Tensor, plan: AttentionPlan) -> None:
-    """Write the rows' K and V, `[T, num_kv_heads, head_dim]`, into their slots."""
+    """Write the rows' K and V, `[T, num_kv_heads, head_dim]`, into their slots.
+
+    A cache in float8_e4m3fn takes what is beyond its range as its largest number.
+    """
+    if cache.dtype == torch.float8_e4m3fn:
+        key, value = (x.clamp(-_FP8_MAX, _FP8_MAX) for x in (key, value))
     cache[plan.slot_blocks, 0, :, plan.slot_offsets] = key.to(cache.dtype)
     cache[plan.slot_blocks, 1, :, plan.slot_offsets] = value.to(cache.dtype)
 

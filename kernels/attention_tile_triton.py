@@ -27,7 +27,9 @@ def take_tile(
     query, places, kv_stride, dims, inside, visible, factor, highest, mass, total, PRECISION: tl.constexpr
 ):
     """`query` [rows, dim], `visible` [rows or 1, tile]; the running softmax afterwards."""
-    k = tl.load(places[None, :] + dims[:, None], mask=inside[None, :], other=0.0)
+    if places.dtype.element_ty.is_fp8():
+        query = query.to(tl.float16)  # holds every number of FP8, and is one instruction away from it
+    k = tl.load(places[None, :] + dims[:, None], mask=inside[None, :], other=0.0).to(query.dtype)
     scores = tl.dot(query, k, input_precision=PRECISION) * factor
     scores = tl.where(visible, scores, -float("inf"))
     higher = tl.maximum(highest, tl.max(scores, 1))
@@ -35,6 +37,6 @@ def take_tile(
     base = tl.where(higher == -float("inf"), 0.0, higher)
     kept = tl.exp2(highest - base)
     weights = tl.exp2(scores - base[:, None])
-    v = tl.load(places[:, None] + kv_stride + dims[None, :], mask=inside[:, None], other=0.0)
+    v = tl.load(places[:, None] + kv_stride + dims[None, :], mask=inside[:, None], other=0.0).to(query.dtype)
     total = total * kept[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
     return higher, mass * kept + tl.sum(weights, 1), total

@@ -18,7 +18,7 @@ from torch import Tensor
 from diptych.kernels.attention_tile_triton import LOG2E, places_of, take_tile
 from diptych.kernels.dependent_launch_triton import follow
 from diptych.kernels.gpu import chained
-from diptych.kernels.rope_triton import HeadInputs, head_values, turned
+from diptych.kernels.rope_triton import HeadInputs, head_values, stored, turned
 
 _MIN_GROUP = 16  # the least rows of the matrix unit
 _SHARE_TOKENS = 1024  # of a share of the longest context, where there are enough programs without
@@ -93,10 +93,12 @@ def _decode(
         key = turned(
             parts, bias, q_norm, k_norm, cos, sin, line, position, own, dims, False, True, all_dims,
             split_stride, eps, DIM, SPLITS, HAS_BIAS, HAS_NORM,
-        ).to(cache.dtype.element_ty)  # fmt: skip
+        )  # fmt: skip
+        key = stored(key, cache)
         value = head_values(
             parts, bias, line, own + num_kv_heads, dims, all_dims, split_stride, DIM, SPLITS, HAS_BIAS
-        ).to(cache.dtype.element_ty)
+        )
+        value = stored(value, cache)
         if share == 0:
             block = tl.load(table + position // BLOCK_TOKENS).to(tl.int64)
             slot = head + block * block_stride + (position % BLOCK_TOKENS) * DIM + dims[None, :]

@@ -37,13 +37,14 @@ class AttentionShape:
     scale: float
     window: int | None
     dtype: torch.dtype
+    kv_dtype: torch.dtype  # of the cache: dtype or float8_e4m3fn
 
     def arguments(self) -> dict[str, Any]:
         return {
             "sm_scale": self.scale,
             "window_left": -1 if self.window is None else self.window - 1,
             "q_data_type": self.dtype,
-            "kv_data_type": self.dtype,
+            "kv_data_type": self.kv_dtype,
         }
 
 

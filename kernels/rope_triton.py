@@ -15,6 +15,7 @@ from diptych.kernels.dependent_launch_triton import follow
 from diptych.kernels.gpu import chained
 
 _HEADS = 16  # of one program
+_FP8_MAX = tl.constexpr(448.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,14 @@ def _norm_weights(q_norm, k_norm, dims, inside, is_query):
     return tl.where(is_query, of_query[None, :], of_key[None, :])
 
 
+@triton.jit
+def stored(values, cache):
+    """As the cache holds them: what is beyond the range of FP8 becomes its largest number."""
+    if cache.dtype.element_ty.is_fp8():
+        values = tl.clamp(values, -_FP8_MAX, _FP8_MAX)
+    return values.to(cache.dtype.element_ty)
+
+
 @triton.jit(do_not_specialize=["table_stride"])
 def _rope_append(
     parts, bias, q_norm, k_norm, cos, sin, positions, slots, tables, cache, query,
@@ -122,7 +131,8 @@ def _rope_append(
         which = tl.maximum(heads - num_heads, 0)
         at = block * block_stride + (which // num_kv_heads).to(tl.int64) * kv_stride
         at += (which % num_kv_heads) * head_stride + (position % BLOCK_TOKENS) * DIM
-        tl.store(cache + at[:, None] + dims[None, :], values, mask=mask & (heads >= num_heads)[:, None])
+        place = cache + at[:, None] + dims[None, :]
+        tl.store(place, stored(values, cache), mask=mask & (heads >= num_heads)[:, None])
 
 
 def rope_append(
@@ -133,15 +143,17 @@ def rope_append(
     slots: Tensor,
     tables: Tensor,
     cache: Tensor,
+    dtype: torch.dtype,
 ) -> Tensor:
     """`[S, T, (heads + 2 kv heads) * dim]` products to `[T, heads, dim]` turned queries; K and V into `cache`.
 
-    `cache` is `[num_blocks, 2, kv heads, tokens per block, dim]` (strided); row r's block is
-    `tables[slots[r], positions[r] // tokens per block]`. All integers are int32; rows of `parts` are contiguous.
+    Queries are of `dtype`, `cache` is of it or float8_e4m3fn, `[num_blocks, 2, kv heads, tokens per block, dim]`
+    (strided); row r's block is `tables[slots[r], positions[r] // tokens per block]`. All integers are int32; rows of
+    `parts` are contiguous.
     """
     splits, rows, _ = parts.shape
     layout = inputs.layout
-    query = torch.empty(rows, layout.num_heads, layout.head_dim, dtype=cache.dtype, device=cache.device)
+    query = torch.empty(rows, layout.num_heads, layout.head_dim, dtype=dtype, device=cache.device)
     total = layout.num_heads + 2 * layout.num_kv_heads
     _rope_append[(rows, triton.cdiv(total, _HEADS))](
         parts, *inputs.tensors(query), positions, slots, tables, cache, query,

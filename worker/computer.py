@@ -20,6 +20,7 @@ from diptych.worker.kv_memory import device_of
 from diptych.worker.models.build import Model, build_model
 from diptych.worker.models.config import ModelConfig
 from diptych.worker.models.loader import dummy_weights, load_weights
+from diptych.worker.precision import has_fp8, with_precision
 from diptych.worker.runner import ModelRunner
 from diptych.worker.sampler import Sampler
 from diptych.worker.settings import EngineSettings
@@ -80,6 +81,7 @@ def load_computer(
 ) -> Computer:
     """Loads this rank's weights; `config` is the whole model's. ModelLoadError when that fails."""
     path, device, dims = Path(settings.model_path), device_of(settings), settings.dims
+    config = with_precision(config, settings, device)
     try:
         reason = None
         if device.type == "cuda" and settings.kernel != "torch":
@@ -89,7 +91,7 @@ def load_computer(
             if reason is None:
                 return _load_cuda(settings, config, path, progress, ranks)
             log.warning("The fused GPU kernels are not used: %s. Torch runs the model, much slower.", reason)
-        weights = _weights(settings, config, path, progress, None)
+        weights = _weights(settings, config, path, progress, None, keep_fp8=False)
         model = build_model(
             dims.local(config),
             weights,
@@ -114,7 +116,7 @@ def _load_cuda(
     from diptych.worker.cuda_computer import CudaComputer
 
     device = device_of(settings)
-    weights = _weights(settings, config, path, progress, device)
+    weights = _weights(settings, config, path, progress, device, keep_fp8=has_fp8(device))
     return CudaComputer(settings, settings.dims.local(config), weights, device, ranks)
 
 
@@ -124,11 +126,17 @@ def _weights(
     path: Path,
     progress: Progress,
     device: torch.device | None,
+    *,
+    keep_fp8: bool,
 ) -> dict[str, Tensor]:
+    quantization = config.quantization
+    if quantization.weights == "fp8" and (quantization.block or not keep_fp8):
+        reason = "nothing here computes with FP8" if not keep_fp8 else "their scales are for blocks"
+        log.warning("The model's FP8 weights are made %s: %s. Nothing is gained.", config.dtype, reason)
     if settings.load_format == "dummy":
-        return dummy_weights(config, device=device, dims=settings.dims)
+        return dummy_weights(config, device=device, dims=settings.dims, keep_fp8=keep_fp8)
 
     def show(fraction: float) -> None:
         progress("loading weights", fraction)
 
-    return load_weights(path, config, show, device, dims=settings.dims)
+    return load_weights(path, config, show, device, dims=settings.dims, keep_fp8=keep_fp8)

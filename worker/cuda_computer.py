@@ -17,6 +17,7 @@ from diptych.worker.device_state import DeviceState
 from diptych.worker.graphs import DecodeGraphs, graph_sizes
 from diptych.worker.models.config import ModelConfig
 from diptych.worker.models.cuda_network import CudaNetwork, Rows
+from diptych.worker.models.weights import DTYPES
 from diptych.worker.plan import Chunk, StepPlan
 from diptych.worker.prefill import choose_prefill
 from diptych.worker.sampler import Sampler
@@ -71,7 +72,11 @@ class CudaComputer:
 
     @property
     def kv_dtype(self) -> DType:
-        return self._config.dtype
+        return self._config.kv_dtype
+
+    @property
+    def _kv_dtype(self) -> torch.dtype:
+        return DTYPES[self.kv_dtype]
 
     @torch.inference_mode()
     def reserved_bytes(self) -> int:
@@ -116,6 +121,7 @@ class CudaComputer:
             scale=config.head_dim**-0.5,
             window=config.sliding_window,
             dtype=self._network.dtype,
+            kv_dtype=self._kv_dtype,
         )
 
     def _peak_bytes(self, num_rows: int, num_logits: int) -> int:
@@ -123,7 +129,7 @@ class CudaComputer:
         size = self._settings.tokens_per_block
         pool = torch.zeros(
             1, config.num_layers, 2, config.num_kv_heads, size, config.head_dim,
-            dtype=self._network.dtype, device=device,
+            dtype=self._kv_dtype, device=device,
         )  # fmt: skip
         zeros = torch.zeros(num_rows, dtype=torch.int32, device=device)
         rows = Rows(

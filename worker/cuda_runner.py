@@ -122,7 +122,8 @@ class CudaRunner:
 
         def attend(parts: Tensor, inputs: HeadInputs, cache: Tensor) -> Tensor:
             layout = inputs.layout
-            out = cache.new_empty(len(step.slots), layout.num_heads, layout.head_dim)
+            shape = len(step.slots), layout.num_heads, layout.head_dim
+            out = cache.new_empty(shape, dtype=self._network.dtype)
             if single:
                 first = slice(None, single)
                 self._decode.run(
@@ -141,6 +142,7 @@ class CudaRunner:
                     slots=step.slots[single:],
                     tables=self._state.tables,
                     cache=cache,
+                    dtype=self._network.dtype,
                 )
                 self._prefill.run(query, cache, out[single:])
             return out

@@ -101,7 +101,7 @@ class DecodeGraphs:
 
         def attend(parts: Tensor, inputs: HeadInputs, cache: Tensor) -> Tensor:
             layout = inputs.layout
-            out = cache.new_empty(size, layout.num_heads, layout.head_dim)
+            out = cache.new_empty(size, layout.num_heads, layout.head_dim, dtype=self._network.dtype)
             self._decode.run(parts, inputs, cache, positions=positions, slots=slots, out=out)
             return out
 

@@ -23,6 +23,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_block: int = 32
     max_kv_tokens: int | None = None  # None: as many as fit the memory fraction
     kv_memory_fraction: float = 0.9
+    kv_dtype: str = "auto"  # "auto": the checkpoint's; "fp8", or the model's own
+    quantize: bool = False  # plain weights become FP8 as they are read
     enable_block_reuse: bool = True
     max_batch_size: int = 64
     max_num_tokens: int = 512
@@ -46,7 +48,7 @@ def engine_settings(
 ) -> EngineSettings:
     """For a worker's config, on this hardware; `path` is where the model is."""
     limits = resolve_limits(config, hardware)
-    kv, transfer = config.kv_cache_config, config.cache_transceiver_config
+    kv, transfer, quant = config.kv_cache_config, config.cache_transceiver_config, config.quant_config
     transports = choose_transports(transfer.backend, os.environ)
     timeout_ms = transfer.kv_transfer_timeout_ms
     return EngineSettings(
@@ -59,6 +61,8 @@ def engine_settings(
         tokens_per_block=kv.tokens_per_block,
         max_kv_tokens=kv.max_tokens,
         kv_memory_fraction=kv.free_gpu_memory_fraction,
+        kv_dtype=kv.dtype if quant.kv_cache_quant_algo is None else "fp8",
+        quantize=quant.quant_algo is not None,
         enable_block_reuse=kv.enable_block_reuse,
         max_batch_size=limits.max_batch_size,
         max_num_tokens=limits.max_num_tokens,

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Checks and measures what needs one GPU; each part under its own limit, and one that fails stops no other.
 #
-#   OUT=folder benchmarks/gpu/check.sh [setup|attention|tests|model|serve|steps|variants|kernels|tp ...]  (tp: two GPUs)
+#   OUT=folder benchmarks/gpu/check.sh [setup|attention|tests|model|serve|steps|variants|kernels|fp8|tp ...]  (tp: two GPUs)
 #
 # Wheels of what the machine's Python lacks may lie in .whl/; DIPTYCH_TEST_MODEL names the small model's GGUF file.
 set -u
@@ -53,7 +53,17 @@ for wanted in "${@:-setup attention tests serve steps variants kernels}"; do
             ;;
         variants) part variants 200 python3 benchmarks/gpu_variants.py --output "$OUT/variants.json" ;;
         kernels) part kernels 200 python3 benchmarks/gpu_kernels.py linear decode ;;
-        *) echo "no part $name: setup, attention, tests, model, serve, steps, variants, kernels, tp" ;;
+        fp8)
+            files=(tests/worker/test_cuda_fp8.py tests/kernels/test_fp8_triton.py)
+            part fp8_tests 100 "${tests[@]}" "${workers[@]}" --timeout 90 -m gpu -k "not True and not flashinfer" "${files[@]}"
+            part fp8_step8b 180 python3 benchmarks/gpu_step.py --shape 8b --quant fp8 --quant none \
+                --output "$OUT/fp8_step8b.json"
+            part fp8_kv_step8b 120 python3 benchmarks/gpu_step.py --shape 8b --quant fp8 --kv fp8 \
+                --output "$OUT/fp8_kv_step8b.json"
+            part fp8_flashinfer 150 "${tests[@]}" --timeout 140 -m gpu -k "True or flashinfer" "${files[@]}"
+            part fp8_kernels 100 python3 benchmarks/gpu_fp8_kernels.py
+            ;;
+        *) echo "no part $name: setup, attention, tests, model, serve, steps, variants, kernels, fp8, tp" ;;
         esac
     done
 done

@@ -19,6 +19,7 @@ from diptych.config.sections import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    QuantConfig,
     SchedulerConfig,
 )
 from diptych.config.upstream import normalize
@@ -69,6 +70,7 @@ class LlmConfig:
     stream_interval: PositiveInt = 1
     disable_overlap_scheduler: bool = False
     kv_cache_config: KvCacheConfig = field(default_factory=KvCacheConfig)
+    quant_config: QuantConfig = field(default_factory=QuantConfig)
     scheduler_config: SchedulerConfig = field(default_factory=SchedulerConfig)
     cache_transceiver_config: CacheTransceiverConfig = field(default_factory=CacheTransceiverConfig)
     # What to tell.

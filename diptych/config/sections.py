@@ -26,6 +26,14 @@ class KvCacheConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QuantConfig:
+    """What to make of a checkpoint that is not quantized."""
+
+    quant_algo: Literal["FP8"] | None = None
+    kv_cache_quant_algo: Literal["FP8"] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
     capacity_scheduler_policy: CapacityPolicy = "GUARANTEED_NO_EVICT"
 

@@ -86,7 +86,6 @@ _SILENT: Mapping[str, tuple[Any, ...]] = {
 NOT_YET: Mapping[str, tuple[Any, ...]] = {
     "enable_chunked_prefill": (True,),
     "trust_remote_code": (False,),
-    "kv_cache_config.dtype": ("auto", "bfloat16"),
     "kv_cache_config.host_cache_size": (None, 0),
 }
 
@@ -111,7 +110,7 @@ def normalize(data: Mapping[str, Any], *, source: str, notices: Notices) -> dict
     options = _flatten_pytorch_backend(data, source, notices)
     options = {key: dict(value) if isinstance(value, Mapping) else value for key, value in options.items()}
     _rename(options)
-    for section in ("kv_cache_config", "scheduler_config", "cache_transceiver_config"):
+    for section in ("kv_cache_config", "quant_config", "scheduler_config", "cache_transceiver_config"):
         if section in options and options[section] is None:
             del options[section]
     _rename_buffer(options.get("cache_transceiver_config"), source, notices)

@@ -3,6 +3,7 @@
 import asyncio
 import os
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import orjson
@@ -37,8 +38,8 @@ CONFIG = {
 }
 
 
-def write_model(path: Path) -> Path:
-    """The shape of SmolLM2-135M over a vocabulary of bytes; its weights are drawn by the worker."""
+def write_model(path: Path, **config: Any) -> Path:
+    """The shape of SmolLM2-135M, or as `config` says, over a vocabulary of bytes; it has no weights yet."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: number for number, letter in enumerate([*alphabet, "<s>", "</s>"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -46,7 +47,7 @@ def write_model(path: Path) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<s>", "</s>"])
     path.mkdir()
-    (path / "config.json").write_bytes(orjson.dumps(CONFIG))
+    (path / "config.json").write_bytes(orjson.dumps({**CONFIG, **config}))
     (path / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     fields = {"bos_token": "<s>", "eos_token": "</s>"}
     (path / "tokenizer_config.json").write_bytes(orjson.dumps(fields))

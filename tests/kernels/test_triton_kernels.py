@@ -307,6 +307,7 @@ def test_rope_append(dtype, with_bias, with_norm, heads, kv_heads, dim, splits):
         slots=paged.ints([*paged.slots, -1]),
         tables=paged.tables,
         cache=paged.cache,
+        dtype=dtype,
     )
     q, k, v = given.split(positions)
     assert error(query[:3], q) < TOLERANCE[dtype]

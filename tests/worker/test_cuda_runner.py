@@ -16,7 +16,7 @@ from diptych.worker.device_state import DeviceState
 from diptych.worker.models.build import build_model
 from diptych.worker.models.config import ModelConfig, RopeConfig
 from diptych.worker.models.loader import load_config, load_weights
-from diptych.worker.models.weights import dummy_weights
+from diptych.worker.models.weights import DTYPES, dummy_weights
 from diptych.worker.plan import SchedulerLimits
 from diptych.worker.sampler import Row, Sampler
 from diptych.worker.scheduler import Scheduler
@@ -74,7 +74,7 @@ def reference_logits(config, weights, request, outputs):
         tokens_per_block=BLOCK,
     )
     shape = (NUM_BLOCKS, config.num_layers, 2, config.num_kv_heads, BLOCK, config.head_dim)
-    model.bind(torch.full(shape, torch.nan))
+    model.bind(torch.full(shape, torch.nan).to(DTYPES[wide.kv_dtype]))
     tokens = [*request.prompt_token_ids, *outputs[:-1]]
     positions = np.arange(len(tokens), dtype=np.int32)
     batch = StepBatch(
@@ -93,9 +93,9 @@ def cuda_runner(config, weights, *, graphs=ON_GPU, flashinfer=False, sampler=Non
     from diptych.worker.models.cuda_network import CudaNetwork
     from diptych.worker.prefill import FlashInfer, TritonPrefill
 
-    dtype = getattr(torch, config.dtype)
+    kv_dtype = DTYPES[config.kv_dtype]
     shape = (NUM_BLOCKS, config.num_layers, 2, config.num_kv_heads, BLOCK, config.head_dim)
-    pool = torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
+    pool = torch.full(shape, torch.nan, device=DEVICE).to(kv_dtype)
     with torch.inference_mode():
         network = CudaNetwork(config, dict(weights), DEVICE, config.max_position_embeddings)
         state = DeviceState(8, 32, DEVICE)
@@ -109,7 +109,8 @@ def cuda_runner(config, weights, *, graphs=ON_GPU, flashinfer=False, sampler=Non
         BLOCK,
         config.head_dim**-0.5,
         config.sliding_window,
-        dtype,
+        DTYPES[config.dtype],
+        kv_dtype,
     )
     prefill = (FlashInfer if flashinfer else TritonPrefill)(attention, DEVICE)
     return CudaRunner(network, pool, state, prefill, captured, sampler or Sampler(EOS))

@@ -6,11 +6,12 @@ reason.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from diptych.errors import ModelLoadError
 from diptych.kv_layout import DType
+from diptych.worker.models.quantization import Quantization
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
@@ -65,7 +66,8 @@ class ModelConfig:
     sliding_window: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
-    dtype: DType = "bfloat16"
+    dtype: DType = "bfloat16"  # of activations, and of weights that are not quantized
+    quantization: Quantization = field(default_factory=Quantization)
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "head_dim"):
@@ -78,13 +80,21 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ModelLoadError(f"head_dim is {self.head_dim}: rotary embedding needs an even one.")
 
+    @property
+    def kv_dtype(self) -> DType:
+        return "float8_e4m3fn" if self.quantization.fp8_kv else self.dtype
+
     @classmethod
     def from_hf(
-        cls, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None
+        cls,
+        config: Mapping[str, Any],
+        generation_config: Mapping[str, Any] | None = None,
+        modelopt_config: Mapping[str, Any] | None = None,
     ) -> "ModelConfig":
+        """`modelopt_config`: hf_quant_config.json, which ModelOpt writes beside config.json."""
         from diptych.worker.models.hf_config import read_hf_config
 
-        return read_hf_config(config, generation_config or {})
+        return read_hf_config(config, generation_config or {}, modelopt_config or {})
 
     @classmethod
     def from_gguf(

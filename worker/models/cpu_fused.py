@@ -14,6 +14,8 @@ def unusable(config: ModelConfig, tokens_per_block: int) -> str | None:
     """Why the fused step cannot run this model on this machine; None: it can. Compiles it if need be."""
     if config.dtype == "float32":
         return "they compute in bfloat16, and the dtype is float32"
+    if config.quantization.fp8_kv:
+        return "they keep K and V in bfloat16, and an FP8 cache is asked for"
     if config.o_bias:
         return "they have no bias on the attention's output, and this model has one"
     try:

@@ -23,8 +23,10 @@ from diptych.kernels.skinny_linear_triton import (
     skinny_linear,
 )
 from diptych.worker.collectives import ALONE, Collectives
+from diptych.worker.layers.fp8 import Fp8PartsLinear
 from diptych.worker.layers.rope import RotaryEmbedding
 from diptych.worker.models.config import ModelConfig
+from diptych.worker.models.fp8_weights import scale_name
 from diptych.worker.parallel import ONE_RANK, ParallelDims
 
 # `[S, T, (heads + 2 kv heads) * dim]` products, what makes heads of them, and one layer's cache, which takes the rows'
@@ -66,12 +68,12 @@ class PartsLinear:
 @dataclass(frozen=True, slots=True)
 class _Layer:
     input_norm: Tensor
-    qkv: PartsLinear
+    qkv: PartsLinear | Fp8PartsLinear
     heads: HeadInputs
-    o: PartsLinear
+    o: PartsLinear | Fp8PartsLinear
     post_norm: Tensor
-    gate_up: PartsLinear
-    down: PartsLinear
+    gate_up: PartsLinear | Fp8PartsLinear
+    down: PartsLinear | Fp8PartsLinear
 
 
 class CudaNetwork:
@@ -95,8 +97,11 @@ class CudaNetwork:
         def take(name: str) -> Tensor:
             return weights.pop(name).to(device)
 
-        def linear(name: str, bias: str | None = None) -> PartsLinear:
-            return PartsLinear(take(name), None if bias is None else take(bias), sms)
+        def linear(name: str, bias: str | None = None) -> PartsLinear | Fp8PartsLinear:
+            weight, shift = take(name), None if bias is None else take(bias)
+            if scale_name(name) in weights:
+                return Fp8PartsLinear(weight, take(scale_name(name)), shift, sms)
+            return PartsLinear(weight, shift, sms)
 
         def layer(index: int) -> _Layer:
             prefix = f"layers.{index}"
@@ -132,11 +137,11 @@ class CudaNetwork:
     def weight_bytes(self) -> int:
         """Read by one decode step."""
         layers = (
-            tensor.numel()
+            tensor.nbytes
             for layer in self._layers
             for tensor in (layer.qkv.weight, layer.o.weight, layer.gate_up.weight, layer.down.weight)
         )
-        return (sum(layers) + self._head.weight.numel()) * self._embedding.element_size()
+        return sum(layers) + self._head.weight.nbytes
 
     def forward(self, rows: Rows, pool: Tensor) -> Tensor:
         """Writes the rows' K and V into the pool; `[R, vocab]` float32 logits."""

@@ -25,7 +25,7 @@ class EagerModel:
         self, network: Network, config: ModelConfig, device: torch.device, *, kernel_name: str
     ) -> None:
         self.kernel_name = kernel_name
-        self.kv_dtype: DType = config.dtype
+        self.kv_dtype: DType = config.kv_dtype
         self._network = network
         self._config = config
         self._device = device

@@ -59,6 +59,9 @@ class GgufFile:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: info.shape for name, info in self.tensors.items()}
 
+    def has(self, name: str) -> bool:
+        return name in self.tensors
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self._info(name).shape
 

@@ -6,12 +6,15 @@ from typing import Any
 from diptych.errors import ModelLoadError
 from diptych.kv_layout import DType
 from diptych.worker.models.config import HF_ARCHITECTURES, Family, ModelConfig, unsupported_architecture
+from diptych.worker.models.quantization import read_quantization
 from diptych.worker.models.rope_config import read_rope
 
 _DTYPES: dict[str, DType] = {"bfloat16": "bfloat16", "float16": "float16", "float32": "float32"}
 
 
-def read_hf_config(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> ModelConfig:
+def read_hf_config(
+    config: Mapping[str, Any], generation_config: Mapping[str, Any], modelopt_config: Mapping[str, Any]
+) -> ModelConfig:
     family = _family(config)
     _refuse_what_would_be_wrong(config)
     num_heads = int(_require(config, "num_attention_heads"))
@@ -39,6 +42,7 @@ def read_hf_config(config: Mapping[str, Any], generation_config: Mapping[str, An
         eos_token_ids=_token_ids(config.get("eos_token_id") if eos is None else eos),
         bos_token_id=config.get("bos_token_id"),
         dtype=_dtype(config),
+        quantization=read_quantization(config, modelopt_config),
     )
 
 
@@ -59,12 +63,6 @@ def _family(config: Mapping[str, Any]) -> Family:
 
 
 def _refuse_what_would_be_wrong(config: Mapping[str, Any]) -> None:
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "an unnamed method")
-        raise ModelLoadError(
-            f"The checkpoint is quantized with {method}, which is not supported; use the unquantized "
-            "checkpoint or a GGUF file."
-        )
     if config.get("hidden_act", "silu") != "silu":
         raise ModelLoadError(f"hidden_act is {config['hidden_act']!r}; only 'silu' is supported.")
     if config.get("mlp_bias"):

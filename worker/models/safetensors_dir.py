@@ -51,6 +51,9 @@ class SafetensorsDir:
         file = _open_file(path / SINGLE_NAME)
         return cls(path, dict.fromkeys(file.keys(), file))
 
+    def has(self, name: str) -> bool:
+        return name in self.files
+
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._file(name).get_slice(name).get_shape())
 

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from diptych.kv_layout import DType
 from diptych.worker.models.config import ModelConfig
+from diptych.worker.models.fp8_weights import may_stay, quantize_rows, scale_name
 from diptych.worker.parallel import ONE_RANK, ParallelDims
 
-_DTYPES: dict[DType, torch.dtype] = {
+DTYPES: dict[DType, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
+    "float8_e4m3fn": torch.float8_e4m3fn,
 }
 
 
@@ -81,7 +83,7 @@ class WeightSpec:
 
 
 def torch_dtype(config: ModelConfig) -> torch.dtype:
-    return _DTYPES[config.dtype]
+    return DTYPES[config.dtype]
 
 
 def weight_specs(config: ModelConfig) -> list[WeightSpec]:
@@ -99,10 +101,16 @@ def weight_specs(config: ModelConfig) -> list[WeightSpec]:
 
 
 def dummy_weights(
-    config: ModelConfig, seed: int = 0, device: torch.device | None = None, dims: ParallelDims = ONE_RANK
+    config: ModelConfig,
+    seed: int = 0,
+    device: torch.device | None = None,
+    *,
+    dims: ParallelDims = ONE_RANK,
+    keep_fp8: bool = False,
 ) -> dict[str, Tensor]:
     """Random weights that keep activations in range; the same seed gives the same model in every process that
-    draws them on the same kind of device, whatever part of it the process keeps.
+    draws them on the same kind of device, whatever part of it the process keeps. `keep_fp8`: as loader.py, for a
+    model that is quantized.
     """
     device = device or torch.device("cpu")
     generator = torch.Generator(device).manual_seed(seed)
@@ -113,7 +121,10 @@ def dummy_weights(
             weights[spec.name] = torch.ones(spec.shape, dtype=dtype, device=device)
         else:
             weight = torch.empty(spec.shape, dtype=dtype, device=device)
-            weights[spec.name] = spec.local(weight.normal_(0.0, 0.02, generator=generator), dims)
+            weight = spec.local(weight.normal_(0.0, 0.02, generator=generator), dims)
+            weights[spec.name] = weight
+            if keep_fp8 and config.quantization.weights == "fp8" and may_stay(spec.name, tuple(weight.shape)):
+                weights[spec.name], weights[scale_name(spec.name)] = quantize_rows(weight)
     return weights
 
 
