@@ -8,7 +8,6 @@ As gpu_kernels.py; `rows` compares products of many rows with the skinny kernel 
 import itertools
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -55,7 +54,7 @@ def plans(rows: int, inputs: int, *, gated: bool) -> Iterator[SkinnyPlan]:
     for (block_n, block_k), share in itertools.product(forms, splits):
         for stages in (3, 5) if rows <= 8 else (4,):
             if inputs >= share * block_k:
-                yield SkinnyPlan(block_n, block_k, share, stages=stages, ahead=0)
+                yield SkinnyPlan(block_n, block_k, share, stages=stages)
 
 
 def measure_linear() -> None:
@@ -71,15 +70,10 @@ def measure_linear() -> None:
             else:
                 chosen = choose_fp8(rows, outputs, inputs, sms)
             times: dict[object, float] = {}
-            for plan in {chosen, *plans(rows, inputs, gated=gated), *ahead(chosen)}:
+            for plan in {chosen, *plans(rows, inputs, gated=gated)}:
                 times[plan] = time_us([partial(product, x, w, plan, s) for w, s in weights.narrow])
             others = {"in fp8": time_us([partial(fp8_linear, x, *pair) for pair in weights.narrow])}
             report(f"fp8 {name}, {rows} rows", outputs * inputs, chosen, times, others)
-
-
-def ahead(chosen: SkinnyPlan) -> Iterator[SkinnyPlan]:
-    for columns in (0, 1024, 2048):
-        yield replace(chosen, ahead=columns)
 
 
 def measure_rows() -> None:

@@ -109,7 +109,7 @@ def linear_plans(rows: int, inputs: int) -> Iterator[SkinnyPlan]:
         )
     for block_n, block_k, splits, warps in forms:
         if inputs >= 2 * splits * block_k:
-            yield SkinnyPlan(block_n, block_k, splits, warps, ahead=0)
+            yield SkinnyPlan(block_n, block_k, splits, warps)
 
 
 def gated_plans(rows: int) -> Iterator[SkinnyPlan]:
@@ -120,7 +120,7 @@ def gated_plans(rows: int) -> Iterator[SkinnyPlan]:
     )
     for block_n, block_k in one if rows == 1 else few if rows <= 16 else more:
         for stages in (3, 4):
-            yield SkinnyPlan(block_n, block_k, stages=stages, ahead=0)
+            yield SkinnyPlan(block_n, block_k, stages=stages)
 
 
 def measure_linear() -> None:

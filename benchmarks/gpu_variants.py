@@ -124,7 +124,6 @@ def variants(rows: int) -> Iterator[Variant]:
     yield no_dependent_launch()
     if rows == 1:
         yield gate_apart()
-        yield products("1024 columns ahead", ahead=1024)
         yield products("4 stages", stages=4)
         yield products("8 rows, 512 columns", block_n=8, block_k=512)
     if rows <= 16:

@@ -14,16 +14,3 @@ def follow(PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def fetch(pointers):
-    """Asks for the lines of the cache that hold `pointers`, which must be valid, and waits for nothing."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [pointers.to(tl.int64)],
-        tl.int32,
-        is_pure=False,
-        pack=1,
-    )

@@ -13,12 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diptych.kernels.dependent_launch_triton import fetch, follow
+from diptych.kernels.dependent_launch_triton import follow
 from diptych.kernels.gpu import chained
 
 MAX_ROWS = 16
 _DOT_ROWS = 16  # the least that the matrix unit takes
-_LINE_BITS = tl.constexpr(1024)  # of a line of the cache
 
 
 @triton.jit
@@ -45,7 +44,7 @@ def _added(total, tile, values, TOKENS: tl.constexpr):
 @triton.jit(do_not_specialize=["num_rows"])
 def _product(
     x, weight, scale, out, num_rows, inputs, outputs, share,
-    TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr, EVEN: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -54,13 +53,6 @@ def _product(
     end = tl.minimum(start + share, inputs)
     line = weight + rows.to(tl.int64)[:, None] * inputs
     upper = line + tl.cast(outputs, tl.int64) * inputs
-    if PDL and EVEN and AHEAD > 0:
-        # The weight, which nobody writes, is on its way before the kernel that makes `x` is over.
-        numbers: tl.constexpr = _LINE_BITS // weight.dtype.element_ty.primitive_bitwidth
-        ahead = start + tl.arange(0, AHEAD // numbers) * numbers
-        fetch(line + ahead[None, :])
-        if GATED:
-            fetch(upper + ahead[None, :])
     follow(PDL)
     tokens = tl.arange(0, TOKENS)
     lanes = tl.arange(0, BLOCK_K)
@@ -98,45 +90,44 @@ class SkinnyPlan:
     splits: int = 1
     num_warps: int = 4
     stages: int = 4
-    ahead: int = 1024  # columns of its rows that a program asks for before it waits; 0: none
 
 
 def choose(num_rows: int, outputs: int, inputs: int, num_sms: int) -> SkinnyPlan:
     """What was fastest on an H200, for outputs of 576 to 128256 and inputs of 576 to 14336."""
     if num_rows == 1:
-        return SkinnyPlan(8, 1024 if inputs >= 2048 else 256, stages=3, ahead=0)
+        return SkinnyPlan(8, 1024 if inputs >= 2048 else 256, stages=3)
     block_k = 128 if inputs >= 2048 else 64
     splits = 1
     while splits < 8 and -(-outputs // 64) * splits < 1.4 * num_sms and inputs >= 2 * splits * block_k:
         splits *= 2
-    return SkinnyPlan(64, block_k, splits, ahead=0)
+    return SkinnyPlan(64, block_k, splits)
 
 
 def choose_gated(num_rows: int, inputs: int) -> SkinnyPlan:
     """For a gate and up weight, whose product must not be split."""
     if num_rows == 1:
-        return SkinnyPlan(4, 1024 if inputs >= 2048 else 256, stages=3, ahead=0)
-    return SkinnyPlan(32, 64, ahead=0)
+        return SkinnyPlan(4, 1024 if inputs >= 2048 else 256, stages=3)
+    return SkinnyPlan(32, 64)
 
 
 def choose_fp8(num_rows: int, outputs: int, inputs: int, num_sms: int) -> SkinnyPlan:
     """As choose, for a weight in FP8."""
     if num_rows == 1 and inputs >= 2048:
-        return SkinnyPlan(8, 1024 if outputs < 6144 else 512, stages=3, ahead=0)
+        return SkinnyPlan(8, 1024 if outputs < 6144 else 512, stages=3)
     if num_rows == 1 or num_rows > 16:
         return choose(num_rows, outputs, inputs, num_sms)
     block_k = 256 if inputs >= 2048 else 64
     splits = 1
     while splits < 8 and -(-outputs // 32) * splits < 3 * num_sms and inputs >= 2 * splits * block_k:
         splits *= 2
-    return SkinnyPlan(32, block_k, splits, ahead=0)
+    return SkinnyPlan(32, block_k, splits)
 
 
 def choose_fp8_gated(num_rows: int, inputs: int) -> SkinnyPlan:
     """As choose_gated, for a weight in FP8; of several rows the product and a gate apart are faster."""
     if num_rows == 1:
-        return SkinnyPlan(16, 256, stages=3, ahead=0)
-    return SkinnyPlan(32, 128 if inputs >= 2048 else 64, ahead=0)
+        return SkinnyPlan(16, 256, stages=3)
+    return SkinnyPlan(32, 128 if inputs >= 2048 else 64)
 
 
 def skinny_linear(x: Tensor, weight: Tensor, plan: SkinnyPlan, scale: Tensor | None = None) -> Tensor:
@@ -179,6 +170,5 @@ def _launch(
         TOKENS=1 if rows == 1 else max(_DOT_ROWS, triton.next_power_of_2(rows)),
         BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, STAGES=plan.stages, EVEN=even, GATED=gated,
         SCALED=scale is not None,
-        AHEAD=plan.ahead if plan.ahead <= share else 0,
         num_warps=plan.num_warps, **chained(x.device),
     )  # fmt: skip

@@ -60,7 +60,7 @@ def test_skinny_linear(dtype, rows, outputs, inputs):
     x = draw(rows, inputs, dtype=dtype)
     weight, scale = quantize_in_torch(draw(outputs, inputs) * torch.rand(outputs, 1, device=DEVICE))
     expected = x.double() @ (weight.double() * scale[:, None]).T
-    for plan in (choose_fp8(rows, outputs, inputs, 132), SkinnyPlan(16, 64, 3, ahead=128)):
+    for plan in (choose_fp8(rows, outputs, inputs, 132), SkinnyPlan(16, 64, 3)):
         parts = skinny_linear(x, weight, plan, scale)
         assert parts.shape == (plan.splits, rows, outputs)
         assert error(parts.sum(0), expected) < 1e-5
@@ -75,7 +75,7 @@ def test_skinny_gated(dtype, rows, inner, inputs):
     x = draw(rows, inputs, dtype=dtype)
     weight, scale = quantize_in_torch(draw(2 * inner, inputs, scale=inputs**-0.5))
     expected = activation.silu_and_mul(x.double() @ (weight.double() * scale[:, None]).T)
-    for plan in (choose_fp8_gated(rows, inputs), SkinnyPlan(16, 64, ahead=0)):
+    for plan in (choose_fp8_gated(rows, inputs), SkinnyPlan(16, 64)):
         out = skinny_gated(x, weight, plan, scale)
         assert out.shape == (rows, inner)
         assert out.dtype == dtype

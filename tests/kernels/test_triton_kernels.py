@@ -95,7 +95,7 @@ def test_skinny_linear(dtype, rows, outputs, inputs):
 
     x, weight = draw(rows, inputs, dtype=dtype), draw(outputs, inputs, dtype=dtype, scale=inputs**-0.5)
     expected = x.double() @ weight.double().T
-    for plan in (choose(rows, outputs, inputs, 132), SkinnyPlan(16, 64, 3, ahead=64)):
+    for plan in (choose(rows, outputs, inputs, 132), SkinnyPlan(16, 64, 3)):
         parts = skinny_linear(x, weight, plan)
         assert parts.shape == (plan.splits, rows, outputs)
         assert error(parts.sum(0), expected) < 1e-5
@@ -109,7 +109,7 @@ def test_skinny_gated(dtype, rows, inner, inputs):
 
     x, weight = draw(rows, inputs, dtype=dtype), draw(2 * inner, inputs, dtype=dtype, scale=inputs**-0.5)
     expected = activation.silu_and_mul(x.double() @ weight.double().T)
-    for plan in (choose_gated(rows, inputs), SkinnyPlan(16, 64, ahead=0)):
+    for plan in (choose_gated(rows, inputs), SkinnyPlan(16, 64)):
         out = skinny_gated(x, weight, plan)
         assert out.shape == (rows, inner) and out.dtype == dtype
         assert error(out, expected) < TOLERANCE[dtype]
