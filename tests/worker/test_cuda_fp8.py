@@ -16,6 +16,7 @@ from tests.worker.test_cuda_runner import (
     pytestmark,
     reference_logits,
     requests_of,
+    scheduler_of,
     serve,
     weights_of,
 )
@@ -38,7 +39,7 @@ def distance(config, kept, plain, **options):
     """How far the drawn tokens' logits are below the highest, at most and on average, over the spread of logits."""
     max_num_tokens = options.pop("max_num_tokens")
     requests = requests_of([SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)])
-    found = serve(cuda_runner(config, kept, **options), requests, max_num_tokens=max_num_tokens)
+    found = serve(cuda_runner(config, kept, **options), requests, scheduler=scheduler_of(max_num_tokens))
     gaps = []
     for request in requests:
         outputs = torch.tensor(found[request.request_id])
