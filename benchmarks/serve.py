@@ -178,7 +178,8 @@ class Benchmark:
                     about[path.removeprefix("/")] = await response.json() if response.status == 200 else None
             except (aiohttp.ClientError, asyncio.TimeoutError, ValueError):
                 about[path.removeprefix("/")] = None
-        (about["server_info"] or {}).pop("tokenizer_path", None)  # a path of the server's machine
+        for field in ("tokenizer_path", "models"):  # paths of the server's machine
+            (about["server_info"] or {}).pop(field, None)
         return about
 
     def _settings(self) -> dict[str, Any]:
