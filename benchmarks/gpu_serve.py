@@ -10,16 +10,10 @@ in gpu_step.py; medians.
 import argparse
 import asyncio
 import json
-import os
-import signal
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -27,8 +21,8 @@ from typing import Any
 
 import aiohttp
 from gpu.dummy_model import write_model
+from serving.mesh import Mesh
 
-_START_S = 240.0
 _OUTPUT_TOKENS = 128
 
 
@@ -41,41 +35,6 @@ class Load:
     def parse(cls, text: str) -> "Load":
         rows, prompt = text.split("x")
         return cls(int(rows), int(prompt))
-
-
-@contextmanager
-def server(folder: Path, shape: str, options: dict[str, Any]) -> Iterator[str]:
-    model = write_model(folder / shape, shape)
-    config = folder / "worker.yaml"
-    config.write_text(json.dumps(options))  # JSON is YAML
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "diptych.cli", "serve", str(model), "--load_format", "dummy"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--config", str(config)]
-    process = subprocess.Popen(command, start_new_session=True, stdout=sys.stderr, stderr=sys.stderr)
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-async def wait_ready(session: aiohttp.ClientSession, url: str) -> float:
-    """Seconds until it is healthy."""
-    began = time.perf_counter()
-    while time.perf_counter() - began < _START_S:
-        try:
-            async with session.get(f"{url}/health") as response:
-                if response.status == 200:
-                    return time.perf_counter() - began
-        except aiohttp.ClientError:
-            pass
-        await asyncio.sleep(0.2)
-    raise SystemExit(f"error: not ready after {_START_S:g} s")
 
 
 async def stream(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> tuple[list[float], int]:
@@ -161,12 +120,12 @@ async def measure(session: aiohttp.ClientSession, url: str, model: str, load: Lo
     }
 
 
-async def run(arguments: argparse.Namespace, url: str, folder: Path) -> dict[str, Any]:
+async def run(arguments: argparse.Namespace, url: str, ready_s: float) -> None:
     timeout = aiohttp.ClientTimeout(total=300)
     async with aiohttp.ClientSession(
         timeout=timeout, connector=aiohttp.TCPConnector(limit=0), read_bufsize=1 << 20
     ) as session:
-        found: dict[str, Any] = {"shape": arguments.shape, "ready_s": await wait_ready(session, url)}
+        found: dict[str, Any] = {"shape": arguments.shape, "ready_s": ready_s}
         async with session.get(f"{url}/v1/models") as response:
             model = (await response.json())["data"][0]["id"]
         async with session.get(f"{url}/server_info") as response:
@@ -183,7 +142,6 @@ async def run(arguments: argparse.Namespace, url: str, folder: Path) -> dict[str
             print(json.dumps(found["loads"][-1]), flush=True)
             if arguments.output is not None:
                 arguments.output.write_text(json.dumps(found, indent=2) + "\n")
-    return found
 
 
 def main() -> None:
@@ -196,18 +154,25 @@ def main() -> None:
     parser.add_argument("--iterations", action="store_true", help="collect /metrics, which costs a little")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        options = {
-            "device": arguments.device,
-            "max_batch_size": 256,
-            "max_num_tokens": 8192,
-            "enable_iter_perf_stats": arguments.iterations,
-            # What is found in the cache is not computed, and the rest then by other kernels that round otherwise.
-            "kv_cache_config": {"enable_block_reuse": False},
-        }
-        with server(folder, arguments.shape, options) as url:
-            asyncio.run(run(arguments, url, folder))
+    settings = {
+        "device": arguments.device,
+        "load_format": "dummy",
+        "max_batch_size": 256,
+        "max_num_tokens": 8192,
+        "enable_iter_perf_stats": arguments.iterations,
+        # What is found in the cache is not computed, and the rest then by other kernels that round otherwise.
+        "kv_cache_config": {"enable_block_reuse": False},
+    }
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        model = write_model(Path(folder) / arguments.shape, arguments.shape)
+        mesh = Mesh(stack, Path(folder))
+        began = time.perf_counter()
+        try:
+            mesh.worker("worker", str(model), None, settings, gpu=None)
+            asyncio.run(run(arguments, mesh.urls["worker"], time.perf_counter() - began))
+        except BaseException:
+            mesh.show_logs()
+            raise
 
 
 if __name__ == "__main__":

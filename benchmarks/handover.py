@@ -13,9 +13,7 @@ has that many clients at a time, instead of one; then the last two figures are t
 import argparse
 import asyncio
 import json
-import os
 import random
-import sys
 import tempfile
 import time
 from contextlib import ExitStack
@@ -23,24 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import yaml
-from router_bench.processes import Process, free_port
+from gpu.dummy_model import SHAPES, write_model
 from serving import machine
+from serving.mesh import Mesh
 from serving.prompts import real_text
 
 STYLES = ("context_first", "generation_first")
 NUM_TOKENS = 4
 PERCENTILES = (10, 50, 90)  # on a machine with other work, the first says most about the program
-START_S = 300.0
-# Random weights: what is measured does not depend on what a model says.
-SHAPES = {
-    "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "head_dim": 64},
-    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-           "num_key_value_heads": 8, "head_dim": 64},
-    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-           "num_key_value_heads": 8, "head_dim": 128},
-}  # fmt: skip
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -59,80 +47,17 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_model(folder: Path, shape: str) -> str:
-    """A directory with a configuration and a tokenizer of one token a byte."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    folder.mkdir()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": len(letters),
-        "max_position_embeddings": 16384,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
-        **SHAPES[shape],
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return str(folder)
-
-
-class Mesh:
-    """The processes; `urls` by name: context, generation, and each style's router."""
-
-    def __init__(self, stack: ExitStack, folder: Path, options: argparse.Namespace) -> None:
-        self.urls: dict[str, str] = {}
-        self._stack, self._folder, self._options = stack, folder, options
-        model = make_model(folder / "model", options.shape) if options.shape else options.model
-        for number, role in enumerate(("context", "generation")):
-            self._worker(role, model, gpu=number)
-        for style in STYLES:
-            self._router(style)
-
-    def _worker(self, role: str, model: str, *, gpu: int) -> None:
-        options: dict[str, Any] = {"device": self._options.device}
-        if self._options.shape:
-            options["load_format"] = "dummy"
-        if self._options.max_num_tokens:
-            options["max_num_tokens"] = self._options.max_num_tokens
-        config = self._write(role, options)
-        port = free_port()
-        arguments = ["serve", model, "--host", "127.0.0.1", "--port", str(port), "--config", config]
-        environment = {"CUDA_VISIBLE_DEVICES": str(gpu)} if self._options.device == "cuda" else {}
-        self._start(role, [*arguments, "--server_role", role.upper()], port, environment)
-
-    def _router(self, style: str) -> None:
-        port = free_port()
-        settings = {"hostname": "127.0.0.1", "port": port, "schedule_style": style}
-        for role in ("context", "generation"):
-            settings[f"{role}_servers"] = {"urls": [self.urls[role].removeprefix("http://")]}
-        config = self._write(style, settings)
-        self._start(style, ["disaggregated", "-c", config], port, {})
-
-    def _write(self, name: str, settings: dict[str, Any]) -> str:
-        path = self._folder / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(settings))
-        return str(path)
-
-    def _start(self, name: str, arguments: list[str], port: int, environment: dict[str, str]) -> None:
-        command = [sys.executable, "-m", "diptych.cli", *arguments]
-        process = Process(
-            command,
-            port=port,
-            log=self._folder / f"{name}.log",
-            environment={"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment},
-            start_s=START_S,
-        )
-        self._stack.enter_context(process)
-        self.urls[name] = f"http://127.0.0.1:{port}"
+def start(mesh: Mesh, model: str, options: argparse.Namespace) -> None:
+    settings: dict[str, Any] = {"device": options.device}
+    if options.shape:
+        settings["load_format"] = "dummy"  # what is measured does not depend on what a model says
+    if options.max_num_tokens:
+        settings["max_num_tokens"] = options.max_num_tokens
+    for number, role in enumerate(("context", "generation")):
+        gpu = number if options.device == "cuda" else None
+        mesh.worker(role, model, role.upper(), settings, gpu)
+    for style in STYLES:
+        mesh.router(style, schedule_style=style)
 
 
 class Client:
@@ -235,12 +160,15 @@ def main() -> None:
     options = parse_arguments()
     before = machine.describe()
     with tempfile.TemporaryDirectory(prefix="handover-") as folder, ExitStack() as stack:
+        mesh = Mesh(stack, Path(folder))
+        model = options.model
+        if options.shape:
+            model = str(write_model(Path(folder) / options.shape, options.shape))
         try:
-            mesh = Mesh(stack, Path(folder), options)
+            start(mesh, model, options)
             results = asyncio.run(measure_all(mesh.urls, options))
         except BaseException:
-            for log in sorted(Path(folder).glob("*.log")):
-                print(f"--- {log.name}\n{log.read_text()[-2000:]}", file=sys.stderr)
+            mesh.show_logs()
             raise
     if options.output is not None:
         settings = {name: value for name, value in vars(options).items() if name != "output"}

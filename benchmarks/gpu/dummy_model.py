@@ -13,13 +13,33 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 _COMMON: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "max_position_embeddings": 8192,
+    "max_position_embeddings": 16384,
     "rms_norm_eps": 1e-5,
     "rope_theta": 500000.0,
     "hidden_act": "silu",
     "torch_dtype": "bfloat16",
 }
 SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "vocab_size": 258,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
+    "1b": {
+        "vocab_size": 258,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
     "8b": {
         "vocab_size": 128256,
         "hidden_size": 4096,
