@@ -76,7 +76,11 @@ class WatchBlocks(msgspec.Struct, frozen=True, kw_only=True, tag="watch_blocks")
     with_tokens: bool = False
 
 
-ToEngine = Submit | Abort | Release | Shutdown | WatchBlocks
+class Ping(msgspec.Struct, frozen=True, tag="ping"):
+    """Is the step loop there? A Pong says so."""
+
+
+ToEngine = Submit | Abort | Release | Shutdown | WatchBlocks | Ping
 
 
 class Logprob(msgspec.Struct, frozen=True, array_like=True):
@@ -235,7 +239,11 @@ class EngineOutput(msgspec.Struct, frozen=True, kw_only=True, tag="output", omit
     blocks: BlockChanges | None = None
 
 
-FromEngine = EngineReady | EngineFailed | EngineProgress | EngineOutput
+class Pong(msgspec.Struct, frozen=True, tag="pong"):
+    pass
+
+
+FromEngine = EngineReady | EngineFailed | EngineProgress | EngineOutput | Pong
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -181,9 +181,7 @@ async def _models(request: web.Request) -> web.Response:
 
 
 async def _health(request: web.Request) -> web.Response:
-    service = request.app[SERVICE]
-    if not service.is_healthy:
-        service.check_ready()
+    request.app[SERVICE].check_ready()
     return web.Response()
 
 
@@ -204,7 +202,9 @@ async def _version(request: web.Request) -> web.Response:
 
 
 async def _server_info(request: web.Request) -> web.Response:
-    return _json(request.app[SERVICE].server_info())
+    service = request.app[SERVICE]
+    service.check_responsive()
+    return _json(service.server_info())
 
 
 async def _metrics(request: web.Request) -> web.Response:

@@ -27,6 +27,8 @@ from diptych.wire import (
     EngineOutput,
     EngineStats,
     FromEngine,
+    Ping,
+    Pong,
     Release,
     SequenceTimes,
     Shutdown,
@@ -172,6 +174,8 @@ class Engine(Generic[L]):
                 self._scheduler.pool.record_changes(with_tokens=message.with_tokens)
             case WatchBlocks():
                 self._scheduler.pool.stop_recording()
+            case Ping():
+                self._link.send(Pong())
 
     def _poll_transceiver(self, now: float) -> None:
         for event in self._transceiver.poll(now):

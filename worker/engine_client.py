@@ -1,6 +1,6 @@
 """The HTTP process's side of its engine: starts the process, sends sequences, hands each one its events.
 
-When the engine dies, every open sequence gets one error event, and `died` completes.
+When the engine dies, every open sequence gets one error event, and `died` completes. One that hangs too long is killed.
 """
 
 import asyncio
@@ -24,6 +24,8 @@ from diptych.wire import (
     EngineProgress,
     EngineReady,
     EngineStats,
+    Ping,
+    Pong,
     Release,
     Shutdown,
     Submit,
@@ -32,6 +34,7 @@ from diptych.wire import (
     WatchBlocks,
 )
 from diptych.worker.link import decode_from_engine, encode
+from diptych.worker.pulse import Pulse
 from diptych.worker.settings import EngineSettings
 
 log = logging.getLogger(__name__)
@@ -45,8 +48,10 @@ EventSink = Callable[[TokenEvent], None]
 
 
 class EngineClient:
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: EngineSettings, *, hang_timeout_s: float) -> None:
         self._settings = settings
+        self._hang_timeout_s = hang_timeout_s
+        self._pulse = Pulse(lambda: self._send(Ping()))
         self._endpoint = f"ipc://@diptych-{os.getpid()}-{secrets.token_hex(4)}"
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.PAIR)
@@ -66,6 +71,11 @@ class EngineClient:
     def is_alive(self) -> bool:
         return self.ready is not None and not self.died.done()
 
+    @property
+    def silent_s(self) -> float:
+        """For how long its step loop has not turned."""
+        return self._pulse.silent_s
+
     async def start(self, progress: Callable[[EngineProgress], None]) -> EngineReady:
         """Start the process and wait until it can take sequences. StartupError when it cannot."""
         self._socket.bind(self._endpoint)
@@ -82,6 +92,7 @@ class EngineClient:
         self._tasks.append(asyncio.create_task(self._watch(self._process)))
         self.ready = await self._wait_ready(progress)
         self._tasks.append(asyncio.create_task(self._dispatch()))
+        self._tasks.append(asyncio.create_task(self._kill_when_it_hangs(self._process)))
         return self.ready
 
     def submit(self, request: Submit, sink: EventSink) -> None:
@@ -144,6 +155,8 @@ class EngineClient:
     async def _dispatch(self) -> None:
         while True:
             message = decode_from_engine(await self._socket.recv())
+            if isinstance(message, Pong):
+                self._pulse.answered()
             if not isinstance(message, EngineOutput):
                 continue
             if message.stats is not None:
@@ -162,6 +175,12 @@ class EngineClient:
             sink(event)
         elif event.ticket_id is not None:
             self.release(event.ticket_id)  # nobody waits for it any more
+
+    async def _kill_when_it_hangs(self, process: asyncio.subprocess.Process) -> None:
+        silent_s = await self._pulse.run(self._hang_timeout_s)
+        if process.returncode is None:
+            log.critical("the engine process has hung for %.0f s: killing it", silent_s)
+            process.kill()
 
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
         code = await process.wait()

@@ -67,7 +67,8 @@ class WorkerService:
         self._engine = EngineClient(
             engine_settings(
                 self.config, path, hardware, incarnation=self.incarnation, secret=self.trust.secret
-            )
+            ),
+            hang_timeout_s=self.config.hang_timeout_s,
         )
         self._engine.on_iteration = self._keep_iteration
         tokenizer_path = path
@@ -169,6 +170,15 @@ class WorkerService:
             raise Unavailable("this worker is shutting down", retry_after_s=1)
         if not self.engine.is_alive:
             raise Unavailable("the engine process has ended", code="worker_lost", retry_after_s=5)
+        self.check_responsive()
+
+    def check_responsive(self) -> None:
+        """An engine that hangs answers nobody: what can go elsewhere should."""
+        silent_s = 0.0 if self._engine is None else self._engine.silent_s
+        if silent_s >= self.config.stall_timeout_s:
+            raise Unavailable(
+                f"the engine has not answered for {silent_s:.0f} s", code="engine_stalled", retry_after_s=5
+            )
 
     @contextmanager
     def place(self, *, is_second_leg: bool) -> Iterator[None]:
@@ -206,10 +216,6 @@ class WorkerService:
     @property
     def _ready(self) -> EngineReady | None:
         return None if self._engine is None else self._engine.ready
-
-    @property
-    def is_healthy(self) -> bool:
-        return self.state == "READY" and self.engine.is_alive
 
     def server_info(self) -> dict[str, Any]:
         ready, stats = self._ready, self._stats()

@@ -24,7 +24,7 @@ def run(config: LlmConfig, show: Callable[[str], None]) -> EngineReady:
 async def _start_once(config: LlmConfig, show: Callable[[str], None]) -> EngineReady:
     path = resolve_model(config.model, config.revision, with_weights=False)
     settings = engine_settings(config, path, detect(config), incarnation=secrets.token_hex(8), secret=None)
-    engine = EngineClient(settings)
+    engine = EngineClient(settings, hang_timeout_s=config.hang_timeout_s)
     shown = ""
 
     def progress(message: EngineProgress) -> None:

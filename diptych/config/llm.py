@@ -83,6 +83,9 @@ class LlmConfig:
     disagg_cluster: DisaggCluster | None = None
     cluster_secret: str | None = field(default=None, repr=False)
     drain_timeout_s: PositiveFloat = 60.0
+    # An engine that answers nothing for so long: is not healthy; is killed.
+    stall_timeout_s: PositiveFloat = 20.0
+    hang_timeout_s: PositiveFloat = 300.0
     # Limits of the HTTP side.
     max_queue_size: PositiveInt = 1024  # requests that wait beside those that run
     max_body_bytes: PositiveInt = 64 * 2**20

@@ -98,10 +98,14 @@ class Server:
         self.process.wait(10)
 
     def kill_engine(self) -> None:
-        """SIGKILL for a worker's engine process alone."""
+        """As when it crashes."""
+        self.signal_engine(signal.SIGKILL)
+
+    def signal_engine(self, number: signal.Signals) -> None:
+        """For a worker's engine process alone."""
         tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
         (child,) = (child for task in tasks for child in task.read_text().split())
-        os.kill(int(child), signal.SIGKILL)
+        os.kill(int(child), number)
 
     def pause(self) -> None:
         """SIGSTOP for all of it: it hangs, its connections stay open."""

@@ -160,6 +160,22 @@ async def test_a_rank_that_dies_takes_its_worker_down_at_once(checkpoint, tmp_pa
         wait_for("no process is left", lambda: not any(map(_is_alive, (engine, rank))), 10)
 
 
+async def test_a_rank_that_hangs_takes_its_worker_down_in_the_end(checkpoint, tmp_path):
+    """The others wait for it in the middle of a step."""
+    with mesh(tmp_path) as started:
+        options = {**OPTIONS, "stall_timeout_s": 2, "hang_timeout_s": 6}
+        worker = started.worker("two", model=str(checkpoint), tensor_parallel_size=2, **options).wait_ready()
+        engine, rank = _ranks(worker.process.pid)
+        os.kill(rank, signal.SIGSTOP)
+        answer = await asyncio.wait_for(
+            generate(worker.url, PROMPTS[0], "", max_tokens=40, expected_status=(500, 503)), 60
+        )
+        assert "engine process ended" in answer["error"]["message"]
+        assert await asyncio.to_thread(worker.process.wait, 30) != 0
+        assert "the engine process has hung for" in worker.tail()
+        wait_for("no process is left", lambda: not any(map(_is_alive, (engine, rank))), 10)
+
+
 def test_a_rank_that_cannot_start_is_named(checkpoint, tmp_path):
     with mesh(tmp_path) as started:
         worker = started.worker("two", model=str(checkpoint), tensor_parallel_size=2, **OPTIONS)

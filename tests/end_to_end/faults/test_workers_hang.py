@@ -1,10 +1,11 @@
 """F3: SIGSTOP and SIGCONT. A hung worker's streams move, and what comes back is fenced and starts slowly."""
 
 import asyncio
+import signal
 import time
 
 from fault_clients import STORY, assert_same, body_of, session, stream
-from fault_mesh import until
+from fault_mesh import OPTIONS, until
 
 NUM_TOKENS = 60
 STALL_S = 30.0  # found by probes, on a busy machine, and not by the idle limit of 60 s
@@ -42,6 +43,33 @@ async def test_generation_worker_hangs_in_the_middle_of_streams(faults, sticky):
             await stream(client, faults.router.url, body_of("greedy", NUM_TOKENS), headers=sticky),
             expected["greedy"],
         )
+
+
+async def test_an_engine_hangs_behind_a_server_that_answers(faults):
+    """As with a GPU that hangs: the worker says so, its streams move, and it is given work again when it goes on."""
+    victim = faults.mesh.worker("stalling", "GENERATION", **{**OPTIONS, "stall_timeout_s": 3})
+    router = faults.mesh.router("stalling_router", faults.contexts, [victim])
+    victim.wait_ready()
+    router.wait_ready()
+    expected = await faults.expected("greedy", NUM_TOKENS)
+
+    def on_event(number):
+        if number == 5:
+            victim.signal_engine(signal.SIGSTOP)
+
+    async with session() as client:
+        outcome = await stream(client, router.url, body_of("greedy", NUM_TOKENS), on_event=on_event)
+        assert_same(outcome, expected)
+        assert faults.state(victim, router) == "DOWN"
+        async with client.get(f"{victim.url}/health") as response:
+            assert response.status == 503
+            assert "the engine has not answered" in await response.text()
+        victim.signal_engine(signal.SIGCONT)
+        faults.wait_state(victim, "READY", router=router)
+        faults.wait_rest(victim)
+        assert_same(await stream(client, router.url, body_of("greedy", NUM_TOKENS)), expected)
+    victim.stop()
+    router.kill()
 
 
 async def test_generation_worker_hangs_before_it_answers(faults, sticky):
