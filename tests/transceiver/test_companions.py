@@ -12,7 +12,7 @@ from diptych.errors import TransferError
 from diptych.kv_layout import KvLayout
 from diptych.transceiver import ticket as tickets
 from diptych.transceiver.plan import plan_copy
-from diptych.transceiver.settings import FetchDone
+from diptych.transceiver.settings import FetchDone, FetchFailed
 from diptych.transceiver.ticket import OwnerRank, Ticket
 
 WHOLE = KvLayout(num_layers=4, num_kv_heads=4, head_dim=16, tokens_per_block=8, model="tiny")
@@ -57,7 +57,8 @@ class Second:
         assert self.may_end.wait(PATIENCE_S)
         if self.failure is not None:
             raise self.failure
-        assert isinstance(event, FetchDone), event
+        if isinstance(event, FetchFailed):  # aborted before it was over
+            raise TransferError(event.message, code=event.code)
         return event.bytes
 
     def forget(self, incarnation: str) -> None:
