@@ -129,9 +129,6 @@ class Channel:
         with self._lock:
             self._connection.send_bytes(data)
 
-    def has_message(self) -> bool:
-        return self._connection.poll()
-
     def receive_to_rank(self) -> ToRank:
         message: ToRank = _TO_RANK.decode(self._connection.recv_bytes())
         return message

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from thread_ranks import ranks
 
 from diptych.errors import ConfigError
 from diptych.kv_layout import KvLayout
@@ -25,10 +26,6 @@ CONFIG = ModelConfig(
     max_position_embeddings=128,
     tie_word_embeddings=False,
 )
-
-
-def ranks(size: int) -> list[ParallelDims]:
-    return [ParallelDims(tp_size=size, tp_rank=rank) for rank in range(size)]
 
 
 @given(st.integers(1, 8), st.integers(1, 16))

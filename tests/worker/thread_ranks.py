@@ -4,7 +4,13 @@ import threading
 
 import torch
 
+from diptych.worker.parallel import ParallelDims
+
 DEADLINE_S = 120
+
+
+def ranks(size: int) -> list[ParallelDims]:
+    return [ParallelDims(tp_size=size, tp_rank=rank) for rank in range(size)]
 
 
 class Threads:

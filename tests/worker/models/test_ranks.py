@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from gguf_writer import write
-from thread_ranks import DEADLINE_S, Threads
+from thread_ranks import DEADLINE_S, Threads, ranks
 
 from diptych.model_source import resolve_model
 from diptych.worker.models.build import build_model
@@ -15,15 +15,25 @@ from diptych.worker.models.loader import dummy_weights, load_config, load_weight
 from diptych.worker.parallel import ParallelDims
 
 
-def ranks(size: int) -> list[ParallelDims]:
-    return [ParallelDims(tp_size=size, tp_rank=rank) for rank in range(size)]
-
-
 def of_all_ranks(compute, size: int) -> list:
     """What `compute` gives on each rank, at the same time."""
     with ThreadPoolExecutor(size) as pool:
         futures = [pool.submit(compute, dims) for dims in ranks(size)]
         return [future.result(DEADLINE_S) for future in futures]
+
+
+def model_of(path, config, dims: ParallelDims, threads: Threads, *, kernel: str):
+    """The part of a checkpoint's model that one rank computes."""
+    return build_model(
+        dims.local(config),
+        load_weights(path, config, lambda fraction: None, dims=dims),
+        torch.device("cpu"),
+        kernel=kernel,
+        num_threads=1,
+        tokens_per_block=16,
+        dims=dims,
+        **({"ranks": threads.of(dims.tp_rank)} if dims.tp_size > 1 else {}),
+    )
 
 
 def joined(parts: list[torch.Tensor], whole: torch.Tensor, name: str, heads: list[int]) -> torch.Tensor:
@@ -92,16 +102,7 @@ def test_ranks_compute_what_one_does(family, settings, size, make_checkpoint, ru
     threads = Threads(size)
 
     def logits(dims: ParallelDims):
-        model = build_model(
-            dims.local(config),
-            load_weights(path, config, lambda fraction: None, dims=dims),
-            torch.device("cpu"),
-            kernel="auto",
-            num_threads=1,
-            tokens_per_block=16,
-            dims=dims,
-            **({"ranks": threads.of(dims.tp_rank)} if dims.tp_size > 1 else {}),
-        )
+        model = model_of(path, config, dims, threads, kernel="auto")
         return runner(model, dims.local(config)).run(sequences, steps)
 
     expected = logits(ParallelDims())
@@ -119,16 +120,7 @@ def test_the_small_model_says_the_same_on_three_ranks(runner, chunkings):
     threads = Threads(3)
 
     def logits(dims: ParallelDims):
-        model = build_model(
-            dims.local(config),
-            load_weights(path, config, lambda fraction: None, dims=dims),
-            torch.device("cpu"),
-            kernel="torch",
-            num_threads=1,
-            tokens_per_block=16,
-            dims=dims,
-            **({"ranks": threads.of(dims.tp_rank)} if dims.tp_size > 1 else {}),
-        )
+        model = model_of(path, config, dims, threads, kernel="torch")
         return runner(model, dims.local(config)).run(prompts, chunkings["whole"](prompts))
 
     expected = logits(ParallelDims())
