@@ -153,7 +153,7 @@ def step_ms(machine: Machine, rows: int) -> tuple[float, list[float]]:
         state.field("positions").fill_(context - 1)
         graphs.replay(rows, sampled=False)
 
-    return percentiles(event_times_ms(step, 28 if rows < 256 else 16))
+    return percentiles(event_times_ms(step, 8))
 
 
 def measure(machine: Machine, rows: int, report: Callable[[dict[str, Any]], None]) -> None:

@@ -31,6 +31,7 @@ _HEAD_DIMS = (32, 64, 128, 256)
 _SPARE_BYTES = 1 << 30  # compiled kernels, graphs, and what the allocator loses in pieces
 _WARM_UP_DECODES = 32  # from here on, decode attention has one plan
 _WARM_UP_PROMPT = 2 * MAX_ROWS  # more rows than the products of few rows take
+_FEWER_ROWS = tuple(MAX_ROWS >> shift for shift in range(4))  # each with products of its own
 _LOGITS_COPIES = 4  # of a step's logits, for rows that the host draws
 
 
@@ -149,13 +150,17 @@ class CudaComputer:
 def _warm_up(runner: CudaRunner, settings: EngineSettings, max_seq_len: int) -> None:
     """Prompts, short and long, beside numbers of decodes with a plan each: compiles what the graphs have not."""
     counts = [2**power for power in range(_WARM_UP_DECODES.bit_length())]
-    for count in [count for count in counts if count < settings.max_batch_size] or [0]:
-        for length in (2, min(_WARM_UP_PROMPT, max_seq_len)):
-            lengths = [1] * count + [length]
-            chunks = [
-                _warm_up_chunk(row, length, settings.tokens_per_block) for row, length in enumerate(lengths)
-            ]
-            runner.collect(runner.launch(StepPlan(chunks)))
+    steps = [
+        [*[1] * count, length]
+        for count in [count for count in counts if count < settings.max_batch_size] or [0]
+        for length in (2, _WARM_UP_PROMPT)
+    ]
+    for lengths in [*steps, *([rows] for rows in _FEWER_ROWS)]:
+        chunks = [
+            _warm_up_chunk(row, min(length, max_seq_len), settings.tokens_per_block)
+            for row, length in enumerate(lengths)
+        ]
+        runner.collect(runner.launch(StepPlan(chunks)))
 
 
 def _warm_up_chunk(row: int, length: int, tokens_per_block: int) -> Chunk:

@@ -88,28 +88,32 @@ SKINNY_DTYPES = [dtype for dtype in DOT_DTYPES if dtype != torch.float32]
 
 
 @pytest.mark.parametrize("dtype", SKINNY_DTYPES)
-@pytest.mark.parametrize("rows", [1, 2, 16, 33, 64])
+@pytest.mark.parametrize("rows", [1, 2, 16, 33, 64, 200])
 @pytest.mark.parametrize(("outputs", "inputs"), [(96, 576), (100, 1000), (256, 2048), (40, 4096)])
 def test_skinny_linear(dtype, rows, outputs, inputs):
     from diptych.kernels.skinny_linear_triton import SkinnyPlan, choose, skinny_linear
 
     x, weight = draw(rows, inputs, dtype=dtype), draw(outputs, inputs, dtype=dtype, scale=inputs**-0.5)
     expected = x.double() @ weight.double().T
-    for plan in (choose(rows, outputs, inputs, 132), SkinnyPlan(16, 64, 3)):
+    other = SkinnyPlan(16, 64) if rows == 1 else SkinnyPlan(16, 64, 3, rows=16)
+    chosen = choose(rows, outputs, inputs, 132 if rows <= 64 else 2 * -(-outputs // 128))
+    assert chosen is not None
+    for plan in (chosen, other):
         parts = skinny_linear(x, weight, plan)
         assert parts.shape == (plan.splits, rows, outputs)
         assert error(parts.sum(0), expected) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", SKINNY_DTYPES)
-@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("rows", [1, 5, 40, 200])
 @pytest.mark.parametrize(("inner", "inputs"), [(96, 576), (50, 1000), (128, 2048)])
 def test_skinny_gated(dtype, rows, inner, inputs):
     from diptych.kernels.skinny_linear_triton import SkinnyPlan, choose_gated, skinny_gated
 
     x, weight = draw(rows, inputs, dtype=dtype), draw(2 * inner, inputs, dtype=dtype, scale=inputs**-0.5)
     expected = activation.silu_and_mul(x.double() @ weight.double().T)
-    for plan in (choose_gated(rows, inputs), SkinnyPlan(16, 64)):
+    other = SkinnyPlan(16, 64, rows=1 if rows == 1 else 16)
+    for plan in filter(None, (choose_gated(rows, inner, inputs, 1), other)):
         out = skinny_gated(x, weight, plan)
         assert out.shape == (rows, inner) and out.dtype == dtype
         assert error(out, expected) < TOLERANCE[dtype]

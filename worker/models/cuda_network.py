@@ -16,11 +16,12 @@ from diptych.kernels.gpu import num_multiprocessors
 from diptych.kernels.norm_triton import add_rms_norm, embed_norm
 from diptych.kernels.rope_triton import HeadInputs, HeadLayout
 from diptych.kernels.skinny_linear_triton import (
-    MAX_ROWS,
+    SkinnyPlan,
     choose,
     choose_gated,
     skinny_gated,
     skinny_linear,
+    takes,
 )
 from diptych.worker.collectives import ALONE, Collectives
 from diptych.worker.layers.fp8 import Fp8PartsLinear
@@ -53,16 +54,25 @@ class PartsLinear:
     num_sms: int
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows, inputs = x.shape
-        if rows <= MAX_ROWS and self.bias is None:
-            return skinny_linear(x, self.weight, choose(rows, len(self.weight), inputs, self.num_sms))
-        return F.linear(x, self.weight, self.bias)[None]
+        plan = self.plan(len(x))
+        if plan is None:
+            return F.linear(x, self.weight, self.bias)[None]
+        return skinny_linear(x, self.weight, plan)
 
     def gated(self, x: Tensor) -> Tensor:
         """`silu(gate) * up` of a gate and up weight, in x's dtype."""
-        if len(x) == 1 and self.bias is None:  # more rows are faster in two kernels
-            return skinny_gated(x, self.weight, choose_gated(*x.shape))
-        return silu_and_mul(self(x), x.dtype)
+        rows, inputs = x.shape
+        plan = choose_gated(rows, len(self.weight) // 2, inputs, self.num_sms) if self._usable(rows) else None
+        if plan is None:
+            return silu_and_mul(self(x), x.dtype)
+        return skinny_gated(x, self.weight, plan)
+
+    def plan(self, rows: int) -> SkinnyPlan | None:
+        """For cuBLAS, None."""
+        return choose(rows, *self.weight.shape, self.num_sms) if self._usable(rows) else None
+
+    def _usable(self, rows: int) -> bool:
+        return self.bias is None and (rows == 1 or takes(self.weight))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,18 +163,21 @@ class CudaNetwork:
         for index, layer in enumerate(self._layers):
             if index:
                 normed = add_rms_norm(parts, residual, layer.input_norm, eps)
-            attended = rows.attend(layer.qkv(normed), layer.heads, pool[:, index])
-            parts = self.ranks.total_parts(layer.o(attended.view(count, -1)))
+            attended = rows.attend(layer.qkv(normed), layer.heads, pool[:, index]).view(count, -1)
+            if rows.logits_rows is not None and index == len(self._layers) - 1:
+                # Nobody attends to what the last layer makes of the other rows.
+                attended, residual = attended[rows.logits_rows], residual[rows.logits_rows]
+                if len(residual) == 0:
+                    return residual.new_empty(0, self.config.vocab_size)
+            parts = self.ranks.total_parts(layer.o(attended))
             normed = add_rms_norm(parts, residual, layer.post_norm, eps)
             parts = self.ranks.total_parts(layer.down(layer.gate_up.gated(normed)))
-        if rows.logits_rows is not None:
-            parts, residual = parts[:, rows.logits_rows], residual[rows.logits_rows]
         return self._logits(add_rms_norm(parts, residual, self._norm, eps))
 
     def _logits(self, normed: Tensor) -> Tensor:
-        if len(normed) <= MAX_ROWS:
+        if self._head.plan(len(normed)) is None:
+            logits = torch.mm(normed, self._head.weight.T, out_dtype=torch.float32)
+        else:
             parts = self._head(normed)
             logits = parts[0] if len(parts) == 1 else parts.sum(0)
-        else:
-            logits = torch.mm(normed, self._head.weight.T, out_dtype=torch.float32)
         return logits if logits.shape[1] == self.config.vocab_size else self.ranks.join_columns(logits)
