@@ -20,8 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from diptych.kernels.dependent_launch_triton import follow
 from diptych.kernels.gpu import chained
 
-MAX_ROWS = 256
-_FEW_ROWS = 64  # that one program takes at once
+MAX_ROWS = 64
 _DOT_ROWS = 16  # the least that the matrix unit takes
 _SHARED_BYTES = 224 << 10  # of a multiprocessor
 _DESCRIPTOR_ALIGN = 16  # bytes
@@ -121,51 +120,48 @@ def takes(weight: Tensor) -> bool:
     return weight.shape[1] * weight.itemsize % _DESCRIPTOR_ALIGN == 0
 
 
-def choose(num_rows: int, outputs: int, inputs: int, num_sms: int) -> SkinnyPlan | None:
-    """What was fastest on an H200, for outputs of 576 to 128256 and inputs of 576 to 14336; None: cuBLAS."""
+def choose(num_rows: int, outputs: int, inputs: int, num_sms: int) -> SkinnyPlan:
+    """What was fastest on an H200, for outputs of 576 to 128256 and inputs of 576 to 14336."""
     if num_rows == 1:
         return SkinnyPlan(8, 1024 if inputs >= 2048 else 256, stages=3)
-    if num_rows <= _FEW_ROWS:
-        block_k = 128 if inputs >= 2048 else 64
-        splits = 1
-        while splits < 8 and -(-outputs // 64) * splits < 1.4 * num_sms and inputs >= 2 * splits * block_k:
-            splits *= 2
-        return _tiles(num_rows, 64, block_k, splits, programs=2)
-    tiles = -(-outputs // 128) * -(-num_rows // 128)
-    for splits in (1, 2, 4) if num_rows <= MAX_ROWS else ():
-        if 0.9 * num_sms <= tiles * splits <= num_sms:
-            return _tiles(128, 128, 64, splits, programs=1)
-    return None
+    block_k = 128 if inputs >= 2048 else 64
+    splits = _splits(outputs, 64, inputs, block_k, num_sms / 2)
+    return _tiles(num_rows, 64, block_k, splits, programs=1 if outputs < 64 * num_sms else 2)
 
 
 def choose_gated(num_rows: int, inner: int, inputs: int, num_sms: int) -> SkinnyPlan | None:
-    """As choose, for a gate and up weight, whose product must not be split."""
+    """As choose, for a gate and up weight, whose product must not be split; None: better with a gate apart."""
     if num_rows == 1:
         return SkinnyPlan(4, 1024 if inputs >= 2048 else 256, stages=3)
-    if num_rows <= _FEW_ROWS and inner >= 64 * num_sms:
-        return _tiles(num_rows, 64, 64, 1, programs=2, gated=True)
-    if _FEW_ROWS < num_rows <= MAX_ROWS and inner * -(-num_rows // 128) >= 128 * num_sms:
-        return _tiles(128, 128, 64, 1, programs=1, num_warps=8, gated=True)
-    return None
+    if inner < 64 * num_sms:
+        return None
+    return _tiles(num_rows, 64, 128, 1, programs=2, gated=True)
 
 
 def choose_fp8(num_rows: int, outputs: int, inputs: int, num_sms: int) -> SkinnyPlan:
-    """As choose, for a weight in FP8 and at most 64 rows."""
+    """As choose, for a weight in FP8."""
     if num_rows == 1:
         block_k = 256 if inputs < 2048 else 1024 if outputs < 6144 else 512
         return SkinnyPlan(8, block_k, stages=3)
+    if num_rows > 32 or outputs >= 128 * num_sms:
+        splits = _splits(outputs, 128, inputs, 128, 1.4 * num_sms)
+        return _tiles(num_rows, 128, 128, splits, programs=2, num_warps=8, weight_bytes=1)
     block_k = 256 if inputs >= 2048 else 64
-    splits = 1
-    while splits < 8 and -(-outputs // 64) * splits < 1.4 * num_sms and inputs >= 2 * splits * block_k:
-        splits *= 2
+    splits = _splits(outputs, 64, inputs, block_k, 1.9 * num_sms)
     return _tiles(num_rows, 64, block_k, splits, programs=2, weight_bytes=1)
 
 
-def choose_fp8_gated(num_rows: int, inputs: int) -> SkinnyPlan:
-    """As choose_gated, for a weight in FP8; of several rows the product and a gate apart are faster."""
-    if num_rows == 1:
-        return SkinnyPlan(16, 256, stages=3)
-    return _tiles(num_rows, 64, 128, 1, programs=2, weight_bytes=1, gated=True)
+def choose_fp8_gated() -> SkinnyPlan:
+    """As choose_gated, for a weight in FP8 and one row; of more, a gate apart is faster."""
+    return SkinnyPlan(16, 256, stages=3)
+
+
+def _splits(outputs: int, block_n: int, inputs: int, block_k: int, programs: float) -> int:
+    """The first power of two that gives so many programs."""
+    splits = 1
+    while splits < 8 and -(-outputs // block_n) * splits < programs and inputs >= 2 * splits * block_k:
+        splits *= 2
+    return splits
 
 
 def _tiles(

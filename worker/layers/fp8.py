@@ -39,8 +39,8 @@ class Fp8PartsLinear:
 
     def gated(self, x: Tensor) -> Tensor:
         """`silu(gate) * up` of a gate and up weight, in x's dtype."""
-        rows, inputs = x.shape
+        rows = len(x)
         if rows == 1:
-            return skinny_gated(x, self.weight, choose_fp8_gated(rows, inputs), self.scale)
+            return skinny_gated(x, self.weight, choose_fp8_gated(), self.scale)
         parts = self(x) if rows <= _MAX_WIDE_ROWS else fp8_linear(x, self.weight, self.scale)[None]
         return silu_and_mul(parts, x.dtype)

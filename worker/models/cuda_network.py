@@ -16,7 +16,7 @@ from diptych.kernels.gpu import num_multiprocessors
 from diptych.kernels.norm_triton import add_rms_norm, embed_norm
 from diptych.kernels.rope_triton import HeadInputs, HeadLayout
 from diptych.kernels.skinny_linear_triton import (
-    SkinnyPlan,
+    MAX_ROWS,
     choose,
     choose_gated,
     skinny_gated,
@@ -54,25 +54,22 @@ class PartsLinear:
     num_sms: int
 
     def __call__(self, x: Tensor) -> Tensor:
-        plan = self.plan(len(x))
-        if plan is None:
+        rows, inputs = x.shape
+        if not self.is_skinny(rows):
             return F.linear(x, self.weight, self.bias)[None]
-        return skinny_linear(x, self.weight, plan)
+        return skinny_linear(x, self.weight, choose(rows, len(self.weight), inputs, self.num_sms))
 
     def gated(self, x: Tensor) -> Tensor:
         """`silu(gate) * up` of a gate and up weight, in x's dtype."""
         rows, inputs = x.shape
-        plan = choose_gated(rows, len(self.weight) // 2, inputs, self.num_sms) if self._usable(rows) else None
-        if plan is None:
+        plan = choose_gated(rows, len(self.weight) // 2, inputs, self.num_sms)
+        if plan is None or not self.is_skinny(rows):
             return silu_and_mul(self(x), x.dtype)
         return skinny_gated(x, self.weight, plan)
 
-    def plan(self, rows: int) -> SkinnyPlan | None:
-        """For cuBLAS, None."""
-        return choose(rows, *self.weight.shape, self.num_sms) if self._usable(rows) else None
-
-    def _usable(self, rows: int) -> bool:
-        return self.bias is None and (rows == 1 or takes(self.weight))
+    def is_skinny(self, rows: int) -> bool:
+        """Whether cuBLAS would be slower."""
+        return rows <= MAX_ROWS and self.bias is None and (rows == 1 or takes(self.weight))
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,9 +172,9 @@ class CudaNetwork:
         return self._logits(add_rms_norm(parts, residual, self._norm, eps))
 
     def _logits(self, normed: Tensor) -> Tensor:
-        if self._head.plan(len(normed)) is None:
-            logits = torch.mm(normed, self._head.weight.T, out_dtype=torch.float32)
-        else:
+        if self._head.is_skinny(len(normed)):
             parts = self._head(normed)
             logits = parts[0] if len(parts) == 1 else parts.sum(0)
+        else:
+            logits = torch.mm(normed, self._head.weight.T, out_dtype=torch.float32)
         return logits if logits.shape[1] == self.config.vocab_size else self.ranks.join_columns(logits)
