@@ -19,9 +19,9 @@ from torch import Tensor
 from diptych.kernels.fp8_linear_triton import fp8_linear, quantize_rows
 from diptych.kernels.gpu import num_multiprocessors
 from diptych.kernels.skinny_linear_triton import (
+    FP8_GATED,
     SkinnyPlan,
     choose_fp8,
-    choose_fp8_gated,
     skinny_gated,
     skinny_linear,
 )
@@ -31,8 +31,7 @@ from diptych.worker.models.fp8_weights import quantize_rows as quantize_weight
 SHAPES = {name: shape for name, shape in WEIGHTS.items() if name.startswith("8b") and name != "8b head"}
 SHAPES["8b gate and up"] = SHAPES["8b gate_up"]  # without the gate
 SINGLE = ((4, 1024), (8, 512), (8, 1024), (16, 512), (16, 256))
-SEVERAL = ((16, 256), (16, 512), (32, 256), (32, 512))
-MANY = ((32, 256), (64, 128))
+SEVERAL = ((64, 128, 4), (64, 256, 4), (128, 128, 4), (128, 128, 8))
 
 
 class Weights:
@@ -48,29 +47,27 @@ class Weights:
         return torch.randn(count, self.inputs, device=DEVICE).bfloat16()
 
 
-def plans(rows: int, inputs: int, *, gated: bool) -> Iterator[SkinnyPlan]:
-    forms = SINGLE if rows == 1 else SEVERAL if rows <= 16 else MANY
-    splits = (1,) if gated or rows == 1 else (1, 2, 4)
-    for (block_n, block_k), share in itertools.product(forms, splits):
-        for stages in (3, 5) if rows <= 8 else (4,):
-            if inputs >= share * block_k:
-                yield SkinnyPlan(block_n, block_k, share, stages=stages)
+def plans(rows: int, inputs: int) -> Iterator[SkinnyPlan]:
+    if rows == 1:
+        for block_n, block_k in SINGLE:
+            yield SkinnyPlan(block_n, block_k, stages=3)
+        return
+    for (block_n, block_k, warps), splits in itertools.product(SEVERAL, (1, 2, 4, 8)):
+        if inputs >= splits * block_k:
+            yield SkinnyPlan.tiled(rows, block_n, block_k, splits, num_warps=warps, weight_bytes=1)
 
 
 def measure_linear() -> None:
     sms = num_multiprocessors(DEVICE)
     for name, (outputs, inputs) in SHAPES.items():
         weights = Weights(outputs, inputs)
-        gated = name.endswith("gate_up")
         for rows in (1, 8, 32, 64):
             x = weights.rows(rows)
-            product: Callable[..., Tensor] = skinny_gated if gated else skinny_linear
-            if gated:
-                chosen = choose_fp8_gated(rows, inputs)
-            else:
-                chosen = choose_fp8(rows, outputs, inputs, sms)
+            is_gated = rows == 1 and name.endswith("gate_up")
+            product = skinny_gated if is_gated else skinny_linear
+            chosen = FP8_GATED if is_gated else choose_fp8(rows, outputs, inputs, sms)
             times: dict[object, float] = {}
-            for plan in {chosen, *plans(rows, inputs, gated=gated)}:
+            for plan in {chosen, *plans(rows, inputs)}:
                 times[plan] = time_us([partial(product, x, w, plan, s) for w, s in weights.narrow])
             others = {"in fp8": time_us([partial(fp8_linear, x, *pair) for pair in weights.narrow])}
             report(f"fp8 {name}, {rows} rows", outputs * inputs, chosen, times, others)

@@ -6,6 +6,7 @@ Every timed call reads another weight or another layer's cache, so that the L2 c
 case: what the engine chooses, then the fastest settings tried.
 """
 
+import dataclasses
 import itertools
 import statistics
 import sys
@@ -97,30 +98,17 @@ def report(
     print(f"{name}: {'; '.join(shown)}", flush=True)
 
 
-def linear_plans(rows: int, inputs: int) -> Iterator[SkinnyPlan]:
+def linear_plans(rows: int, inputs: int, *, gated: bool) -> Iterator[SkinnyPlan]:
     if rows == 1:
-        forms = itertools.product((4, 8, 16), (512, 1024), (1, 2), (4,))
-    elif rows <= 16:
-        forms = itertools.product((32, 64), (64, 128), (1, 2, 4), (4,))
-    else:
-        forms = itertools.chain(
-            itertools.product((64,), (64, 128), (1, 2, 4), (4,)),
-            itertools.product((128,), (64, 128), (1, 2, 4), (4, 8)),
-        )
-    for block_n, block_k, splits, warps in forms:
-        if inputs >= 2 * splits * block_k:
-            yield SkinnyPlan(block_n, block_k, splits, warps)
-
-
-def gated_plans(rows: int) -> Iterator[SkinnyPlan]:
-    one, few, more = (
-        ((2, 1024), (4, 512), (4, 1024)),
-        ((32, 128), (64, 64), (32, 64)),
-        ((64, 64), (32, 128), (64, 128)),
-    )
-    for block_n, block_k in one if rows == 1 else few if rows <= 16 else more:
-        for stages in (3, 4):
+        for block_n, block_k, stages in itertools.product((4, 8, 16), (512, 1024), (3, 4)):
             yield SkinnyPlan(block_n, block_k, stages=stages)
+        return
+    forms = ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8))
+    for (block_n, block_k, warps), splits in itertools.product(forms, (1,) if gated else (1, 2, 4)):
+        if inputs >= 2 * splits * block_k:
+            plan = SkinnyPlan.tiled(rows, block_n, block_k, splits, num_warps=warps, gated=gated)
+            yield plan
+            yield dataclasses.replace(plan, stages=max(2, plan.stages // 2))
 
 
 def measure_linear() -> None:
@@ -133,12 +121,12 @@ def measure_linear() -> None:
             x = torch.randn(rows, inputs, device=DEVICE).bfloat16()
             times: dict[object, float] = {}
             chosen = choose(rows, outputs, inputs, sms)
-            product, plans = skinny_linear, {chosen, *linear_plans(rows, inputs)}
-            if name.endswith("gate_up"):
-                chosen = choose_gated(rows, inputs)
-                product, plans = skinny_gated, {chosen, *gated_plans(rows)}
+            product = skinny_linear
+            gated = choose_gated(rows, outputs // 2, inputs, sms) if name.endswith("gate_up") else None
+            if gated is not None:
+                chosen, product = gated, skinny_gated
             cublas = time_us([partial(F.linear, x, weight) for weight in weights])
-            for plan in plans:
+            for plan in {chosen, *linear_plans(rows, inputs, gated=gated is not None)}:
                 times[plan] = time_us([partial(product, x, weight, plan) for weight in weights])
             report(f"linear {name}, {rows} rows", num_bytes, chosen, times, {"cublas": cublas})
 

@@ -5,8 +5,8 @@
 
 A decode step is timed three ways: replays of its graph, the engine's step loop (scheduler, sampling, overlap, events)
 in wall time, and the floor: the bytes of weights and KV that it must read over what the memory gives in a copy.
-Figures are medians; `spread` is the 10th and 90th percentile. Graphs are replayed one after the other, as a worker does:
-a sample is the mean of eight.
+Figures are medians; `spread` is the 10th and 90th percentile. Graphs are replayed one after the other, as a worker
+does: a sample is the mean of eight.
 """
 
 import argparse

@@ -18,9 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from gpu_step import BLOCK, Machine, event_times_ms, percentiles, shape_of
-from torch import Tensor
 
 from diptych.kernels import (
     activation_triton,
@@ -33,11 +31,13 @@ from diptych.kernels import (
     skinny_linear_triton,
 )
 from diptych.kernels.decode_attention_triton import DecodePlan
+from diptych.kernels.skinny_linear_triton import MAX_ROWS, SkinnyPlan
 from diptych.worker.device_state import DeviceState
 from diptych.worker.graphs import DecodeGraphs
 from diptych.worker.models import cuda_network
 from diptych.worker.models.cuda_network import PartsLinear
 
+_OUTPUTS = (6144, 4096, 28672, 128256)  # of the shape's weights
 CONTEXTS = {1: 256, 8: 1088, 64: 1088, 256: 1088}
 _MODULES = (
     activation_triton,
@@ -67,42 +67,33 @@ def no_dependent_launch() -> Variant:
 def products(name: str, **fields: Any) -> Variant:
     """All skinny products with another plan."""
     plain, gated = cuda_network.choose, cuda_network.choose_gated
+
+    def other(plan: SkinnyPlan | None) -> SkinnyPlan | None:
+        return plan and dataclasses.replace(plan, **fields)
+
     return Variant(
         f"products: {name}",
         (
-            patch.object(cuda_network, "choose", lambda *a: dataclasses.replace(plain(*a), **fields)),
-            patch.object(cuda_network, "choose_gated", lambda *a: dataclasses.replace(gated(*a), **fields)),
+            patch.object(cuda_network, "choose", lambda *a: other(plain(*a))),
+            patch.object(cuda_network, "choose_gated", lambda *a: other(gated(*a))),
         ),
     )
 
 
-def max_rows(count: int) -> Variant:
-    return Variant(f"skinny products up to {count} rows", (patch.object(cuda_network, "MAX_ROWS", count),))
-
-
 def gate_apart() -> Variant:
-    def gated(linear: PartsLinear, x: Tensor) -> Tensor:
-        return activation_triton.silu_and_mul(linear(x), x.dtype)
-
-    return Variant("gate and up in a kernel of their own", (patch.object(PartsLinear, "gated", gated),))
+    no_plan = patch.object(cuda_network, "choose_gated", lambda *a: None)
+    return Variant("gate and up in a kernel of their own", (no_plan,))
 
 
 def cublas_for(*outputs: int) -> Variant:
     """The products with so many outputs go through cuBLAS."""
-    ours, gated = PartsLinear.__call__, PartsLinear.gated
+    is_skinny = PartsLinear.is_skinny
 
-    def call(linear: PartsLinear, x: Tensor) -> Tensor:
-        return F.linear(x, linear.weight)[None] if len(linear.weight) in outputs else ours(linear, x)
+    def other(linear: PartsLinear, rows: int) -> bool:
+        return len(linear.weight) not in outputs and is_skinny(linear, rows)
 
-    def gate(linear: PartsLinear, x: Tensor) -> Tensor:
-        if len(linear.weight) not in outputs:
-            return gated(linear, x)
-        return activation_triton.silu_and_mul(F.linear(x, linear.weight)[None], x.dtype)
-
-    return Variant(
-        f"cuBLAS for {' '.join(map(str, outputs))} outputs",
-        (patch.object(PartsLinear, "__call__", call), patch.object(PartsLinear, "gated", gate)),
-    )
+    name = f"cuBLAS for {' '.join(map(str, outputs))} outputs"
+    return Variant(name, (patch.object(PartsLinear, "is_skinny", other),))
 
 
 def attention(*values: int) -> Variant:
@@ -122,16 +113,17 @@ _ATTENTION = {
 def variants(rows: int) -> Iterator[Variant]:
     yield Variant("as it is")
     yield no_dependent_launch()
-    if rows == 1:
+    if rows <= MAX_ROWS:
         yield gate_apart()
+        yield cublas_for(*_OUTPUTS)
+        for outputs in _OUTPUTS:
+            yield cublas_for(outputs)
+    if rows == 1:
         yield products("4 stages", stages=4)
         yield products("8 rows, 512 columns", block_n=8, block_k=512)
-    if rows <= 16:
-        yield max_rows(0)
-        for outputs in (6144, 4096, 28672, 128256):
-            yield cublas_for(outputs)
-    if rows == 64:
-        yield max_rows(64)
+    elif rows <= MAX_ROWS:
+        yield products("64 columns", block_k=64)
+        yield products("2 stages", stages=2)
     for form in _ATTENTION[rows]:
         yield attention(*form)
     yield Variant("as it is, again")

@@ -104,10 +104,10 @@ def stored(values, cache):
 
 @triton.jit(do_not_specialize=["table_stride"])
 def _rope_append(
-    parts, bias, q_norm, k_norm, cos, sin, positions, slots, tables, cache, query,
-    split_stride, table_stride, block_stride, kv_stride, head_stride, eps,
+    parts, bias, q_norm, k_norm, cos, sin, positions, slots, tables, cache, query, own,
+    split_stride, table_stride, block_stride, kv_stride, head_stride, own_stride, eps,
     num_heads: tl.constexpr, num_kv_heads: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, SPLITS: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, SPLITS: tl.constexpr, HEADS: tl.constexpr, HAS_OWN: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     follow(PDL)
@@ -125,10 +125,15 @@ def _rope_append(
     )  # fmt: skip
     to = query + (row * num_heads + heads)[:, None] * DIM + dims[None, :]
     tl.store(to, values, mask=mask & is_query)
+    which = tl.maximum(heads - num_heads, 0)
+    if HAS_OWN:
+        at = (which // num_kv_heads).to(tl.int64) * own_stride + (
+            row * num_kv_heads + which % num_kv_heads
+        ) * DIM
+        tl.store(own + at[:, None] + dims[None, :], values, mask=mask & (heads >= num_heads)[:, None])
     if position >= 0:
         slot = tl.load(slots + row).to(tl.int64)
         block = tl.load(tables + slot * table_stride + position // BLOCK_TOKENS).to(tl.int64)
-        which = tl.maximum(heads - num_heads, 0)
         at = block * block_stride + (which // num_kv_heads).to(tl.int64) * kv_stride
         at += (which % num_kv_heads) * head_stride + (position % BLOCK_TOKENS) * DIM
         place = cache + at[:, None] + dims[None, :]
@@ -144,21 +149,22 @@ def rope_append(
     tables: Tensor,
     cache: Tensor,
     dtype: torch.dtype,
+    own: Tensor | None = None,
 ) -> Tensor:
     """`[S, T, (heads + 2 kv heads) * dim]` products to `[T, heads, dim]` turned queries; K and V into `cache`.
 
     Queries are of `dtype`, `cache` is of it or float8_e4m3fn, `[num_blocks, 2, kv heads, tokens per block, dim]`
     (strided); row r's block is `tables[slots[r], positions[r] // tokens per block]`. All integers are int32; rows of
-    `parts` are contiguous.
+    `parts` are contiguous. `own` [2, T, kv heads, dim] of `dtype`, contiguous, gets the rows' K and V, too.
     """
     splits, rows, _ = parts.shape
     layout = inputs.layout
     query = torch.empty(rows, layout.num_heads, layout.head_dim, dtype=dtype, device=cache.device)
     total = layout.num_heads + 2 * layout.num_kv_heads
     _rope_append[(rows, triton.cdiv(total, _HEADS))](
-        parts, *inputs.tensors(query), positions, slots, tables, cache, query,
-        parts.stride(0), tables.stride(0), *cache.stride()[:3], layout.eps,
-        BLOCK_TOKENS=cache.shape[3], SPLITS=splits, HEADS=_HEADS, num_warps=4,
+        parts, *inputs.tensors(query), positions, slots, tables, cache, query, query if own is None else own,
+        parts.stride(0), tables.stride(0), *cache.stride()[:3], 0 if own is None else own.stride(0), layout.eps,
+        BLOCK_TOKENS=cache.shape[3], SPLITS=splits, HEADS=_HEADS, HAS_OWN=own is not None, num_warps=4,
         **inputs.constants(), **chained(cache.device),
     )  # fmt: skip
     return query

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from diptych.kernels.dependent_launch_triton import follow
+from diptych.kernels.dependent_launch_triton import follow, release, wait
 from diptych.kernels.gpu import chained
 
 MAX_ROWS = 64
@@ -81,7 +81,7 @@ def _product(
     first_row = tl.program_id(0) * ROWS
     column = tl.program_id(1) * BLOCK_N
     split = tl.program_id(2)
-    follow(PDL)
+    wait(PDL)
     total = tl.zeros([BLOCK_N, ROWS], tl.float32)
     above = tl.zeros([BLOCK_N, ROWS], tl.float32)
     start = split * share
@@ -90,6 +90,7 @@ def _product(
         total = _added(total, weight.load([column, at]), values)
         if GATED:
             above = _added(above, weight.load([outputs + column, at]), values)
+    release(PDL)
     columns = column + tl.arange(0, BLOCK_N)
     inside = columns < outputs
     if SCALED:
@@ -114,6 +115,27 @@ class SkinnyPlan:
     stages: int = 4
     rows: int = 1  # of one program
 
+    @classmethod
+    def tiled(
+        cls,
+        num_rows: int,
+        block_n: int,
+        block_k: int,
+        splits: int = 1,
+        *,
+        num_warps: int = 4,
+        weight_bytes: int = 2,
+        gated: bool = False,
+    ) -> "SkinnyPlan":
+        """For several rows: as many stages as let two programs share a multiprocessor."""
+        rows = max(_DOT_ROWS, triton.next_power_of_2(num_rows))
+        stage_bytes = block_k * (block_n * weight_bytes * (2 if gated else 1) + rows * 2)
+        stages = max(2, min(8, _SHARED_BYTES // 2 // stage_bytes))
+        return cls(block_n, block_k, splits, num_warps, stages, rows)
+
+
+FP8_GATED = SkinnyPlan(16, 256, stages=3)  # for one row; of more, a gate apart is faster
+
 
 def takes(weight: Tensor) -> bool:
     """Whether descriptors can show `[outputs, inputs]`."""
@@ -125,8 +147,8 @@ def choose(num_rows: int, outputs: int, inputs: int, num_sms: int) -> SkinnyPlan
     if num_rows == 1:
         return SkinnyPlan(8, 1024 if inputs >= 2048 else 256, stages=3)
     block_k = 128 if inputs >= 2048 else 64
-    splits = _splits(outputs, 64, inputs, block_k, num_sms / 2)
-    return _tiles(num_rows, 64, block_k, splits, programs=1 if outputs < 64 * num_sms else 2)
+    splits = _splits(outputs, 64, inputs, block_k, 1.4 * num_sms)
+    return SkinnyPlan.tiled(num_rows, 64, block_k, splits)
 
 
 def choose_gated(num_rows: int, inner: int, inputs: int, num_sms: int) -> SkinnyPlan | None:
@@ -135,7 +157,7 @@ def choose_gated(num_rows: int, inner: int, inputs: int, num_sms: int) -> Skinny
         return SkinnyPlan(4, 1024 if inputs >= 2048 else 256, stages=3)
     if inner < 64 * num_sms:
         return None
-    return _tiles(num_rows, 64, 128, 1, programs=2, gated=True)
+    return SkinnyPlan.tiled(num_rows, 64, 128, gated=True)
 
 
 def choose_fp8(num_rows: int, outputs: int, inputs: int, num_sms: int) -> SkinnyPlan:
@@ -144,42 +166,19 @@ def choose_fp8(num_rows: int, outputs: int, inputs: int, num_sms: int) -> Skinny
         block_k = 256 if inputs < 2048 else 1024 if outputs < 6144 else 512
         return SkinnyPlan(8, block_k, stages=3)
     if num_rows > 32 or outputs >= 128 * num_sms:
-        splits = _splits(outputs, 128, inputs, 128, 1.4 * num_sms)
-        return _tiles(num_rows, 128, 128, splits, programs=2, num_warps=8, weight_bytes=1)
+        splits = _splits(outputs, 128, inputs, 128, 1.4 * num_sms, most=8)
+        return SkinnyPlan.tiled(num_rows, 128, 128, splits, num_warps=8, weight_bytes=1)
     block_k = 256 if inputs >= 2048 else 64
     splits = _splits(outputs, 64, inputs, block_k, 1.9 * num_sms)
-    return _tiles(num_rows, 64, block_k, splits, programs=2, weight_bytes=1)
+    return SkinnyPlan.tiled(num_rows, 64, block_k, splits, weight_bytes=1)
 
 
-def choose_fp8_gated() -> SkinnyPlan:
-    """As choose_gated, for a weight in FP8 and one row; of more, a gate apart is faster."""
-    return SkinnyPlan(16, 256, stages=3)
-
-
-def _splits(outputs: int, block_n: int, inputs: int, block_k: int, programs: float) -> int:
+def _splits(outputs: int, block_n: int, inputs: int, block_k: int, programs: float, most: int = 4) -> int:
     """The first power of two that gives so many programs."""
     splits = 1
-    while splits < 8 and -(-outputs // block_n) * splits < programs and inputs >= 2 * splits * block_k:
+    while splits < most and -(-outputs // block_n) * splits < programs and inputs >= 2 * splits * block_k:
         splits *= 2
     return splits
-
-
-def _tiles(
-    num_rows: int,
-    block_n: int,
-    block_k: int,
-    splits: int,
-    *,
-    programs: int,
-    num_warps: int = 4,
-    weight_bytes: int = 2,
-    gated: bool = False,
-) -> SkinnyPlan:
-    """As many stages as let `programs` of them share a multiprocessor."""
-    rows = max(_DOT_ROWS, triton.next_power_of_2(num_rows))
-    stage_bytes = block_k * (block_n * weight_bytes * (2 if gated else 1) + rows * 2)
-    stages = max(2, min(8, _SHARED_BYTES // programs // stage_bytes))
-    return SkinnyPlan(block_n, block_k, splits, num_warps, stages, rows)
 
 
 def skinny_linear(x: Tensor, weight: Tensor, plan: SkinnyPlan, scale: Tensor | None = None) -> Tensor:

@@ -31,7 +31,7 @@ _HEAD_DIMS = (32, 64, 128, 256)
 _SPARE_BYTES = 1 << 30  # compiled kernels, graphs, and what the allocator loses in pieces
 _WARM_UP_DECODES = 32  # from here on, decode attention has one plan
 _WARM_UP_PROMPT = 2 * MAX_ROWS  # more rows than the products of few rows take
-_FEWER_ROWS = tuple(MAX_ROWS >> shift for shift in range(4))  # each with products of its own
+_FEWER_ROWS = tuple(MAX_ROWS >> shift for shift in range(3))  # each with products of its own
 _LOGITS_COPIES = 4  # of a step's logits, for rows that the host draws
 
 

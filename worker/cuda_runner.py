@@ -117,8 +117,7 @@ class CudaRunner:
         fill_tokens(step.token_ids, step.slots, self._state.field("tokens"))
         single = next((index for index, chunk in enumerate(chunks) if chunk.count > 1), len(chunks))
         rest = chunks[single:]
-        if rest:
-            self._prefill.plan(rest, step.slots[single:], self._state.tables)
+        wants_own = bool(rest) and self._prefill.plan(rest, step.slots[single:], self._state.tables)
 
         def attend(parts: Tensor, inputs: HeadInputs, cache: Tensor) -> Tensor:
             layout = inputs.layout
@@ -135,6 +134,9 @@ class CudaRunner:
                     out=out[first],
                 )
             if rest:
+                own = None
+                if wants_own:
+                    own = out.new_empty(2, len(out) - single, layout.num_kv_heads, layout.head_dim)
                 query = rope_append(
                     parts[:, single:],
                     inputs,
@@ -143,8 +145,9 @@ class CudaRunner:
                     tables=self._state.tables,
                     cache=cache,
                     dtype=self._network.dtype,
+                    own=own,
                 )
-                self._prefill.run(query, cache, out[single:])
+                self._prefill.run(query, cache if own is None else own, out[single:])
             return out
 
         rows = Rows(step.token_ids, step.positions, attend, step.logits_rows)

@@ -19,12 +19,18 @@ log = logging.getLogger(__name__)
 class Prefill(Protocol):
     name: str
 
-    def plan(self, chunks: list[Chunk], slots: Tensor, tables: Tensor) -> None:
-        """Before a step's layers: its chunks, and each row's slot of `tables`."""
+    def plan(self, chunks: list[Chunk], slots: Tensor, tables: Tensor) -> bool:
+        """Before a step's layers: its chunks, and each row's slot of `tables`.
+
+        Says whether `run` wants the rows' own K and V in place of the cache.
+        """
         ...
 
-    def run(self, query: Tensor, cache: Tensor, out: Tensor) -> None:
-        """`[T, heads, dim]` queries of the planned rows into `out`."""
+    def run(self, query: Tensor, keys_values: Tensor, out: Tensor) -> None:
+        """`[T, heads, dim]` queries of the planned rows into `out`.
+
+        `keys_values`: the cache, which has the rows' K and V already, or only those, `[2, T, kv heads, dim]`.
+        """
         ...
 
 
@@ -36,16 +42,24 @@ class TritonPrefill:
         self._device = device
         self._planned: tuple[PrefillPlan, Tensor, Tensor] | None = None
 
-    def plan(self, chunks: list[Chunk], slots: Tensor, tables: Tensor) -> None:
+    def plan(self, chunks: list[Chunk], slots: Tensor, tables: Tensor) -> bool:
         firsts = np.array([chunk.start for chunk in chunks], np.int32)
         self._planned = PrefillPlan.of(query_starts(chunks), firsts, self._device), slots, tables
+        return False
 
-    def run(self, query: Tensor, cache: Tensor, out: Tensor) -> None:
+    def run(self, query: Tensor, keys_values: Tensor, out: Tensor) -> None:
         assert self._planned is not None, "plan comes before run"
         plan, slots, tables = self._planned
         shape = self._shape
         prefill_attention(
-            query, cache, plan, slots=slots, tables=tables, scale=shape.scale, window=shape.window, out=out
+            query,
+            keys_values,
+            plan,
+            slots=slots,
+            tables=tables,
+            scale=shape.scale,
+            window=shape.window,
+            out=out,
         )
 
 
@@ -56,13 +70,15 @@ class FlashInfer:
         self._tokens_per_block = shape.tokens_per_block
         self._prefill = FlashInferPrefill(shape, flashinfer_attention.workspace(device))
 
-    def plan(self, chunks: list[Chunk], slots: Tensor, tables: Tensor) -> None:
+    def plan(self, chunks: list[Chunk], slots: Tensor, tables: Tensor) -> bool:
         lengths = np.array([chunk.start + chunk.count for chunk in chunks], np.int32)
         blocks = [chunk.sequence.blocks for chunk in chunks]
-        self._prefill.plan(query_starts(chunks), PagedContext.of(blocks, lengths, self._tokens_per_block))
+        return self._prefill.plan(
+            query_starts(chunks), PagedContext.of(blocks, lengths, self._tokens_per_block)
+        )
 
-    def run(self, query: Tensor, cache: Tensor, out: Tensor) -> None:
-        self._prefill.run(query, cache, out)
+    def run(self, query: Tensor, keys_values: Tensor, out: Tensor) -> None:
+        self._prefill.run(query, keys_values, out)
 
 
 def choose_prefill(shape: AttentionShape, device: torch.device) -> Prefill:

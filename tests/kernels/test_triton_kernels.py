@@ -3,6 +3,7 @@
 They run on a GPU, and with TRITON_INTERPRET=1 on any CPU that has Triton installed.
 """
 
+import itertools
 import os
 
 import numpy as np
@@ -10,6 +11,13 @@ import pytest
 import torch
 
 from diptych.kernels import activation, attention, norm, rope
+from diptych.kernels.flashinfer_attention import (
+    AttentionShape,
+    FlashInferPrefill,
+    PagedContext,
+    is_installed,
+    workspace,
+)
 
 ON_GPU = torch.cuda.is_available()
 INTERPRETED = not ON_GPU and os.environ.get("TRITON_INTERPRET") == "1"
@@ -304,6 +312,7 @@ def test_rope_append(dtype, with_bias, with_norm, heads, kv_heads, dim, splits):
     paged = Paged(lengths, heads, kv_heads, dim, dtype)
     positions = [length - 1 for length in lengths]
     given = Heads(4, paged, splits, with_bias=with_bias, with_norm=with_norm)
+    own = torch.full((2, 4, kv_heads, dim), torch.nan, device=DEVICE, dtype=dtype)
     query = rope_append(
         given.parts,
         given.inputs,
@@ -312,10 +321,37 @@ def test_rope_append(dtype, with_bias, with_norm, heads, kv_heads, dim, splits):
         tables=paged.tables,
         cache=paged.cache,
         dtype=dtype,
+        own=own,
     )
     q, k, v = given.split(positions)
     assert error(query[:3], q) < TOLERANCE[dtype]
     plan = paged.plan([(index, position, position + 1) for index, position in enumerate(positions)])
     for which, expected in enumerate((k, v)):
-        assert error(paged.cache[plan.slot_blocks, which, :, plan.slot_offsets], expected) < TOLERANCE[dtype]
+        appended = paged.cache[plan.slot_blocks, which, :, plan.slot_offsets]
+        assert error(appended, expected) < TOLERANCE[dtype]
+        assert torch.equal(appended, own[which, :3])
     assert (~paged.pool.isnan()).sum() == 3 * 2 * kv_heads * dim, "nothing else was written"
+
+
+@pytest.mark.skipif(not (ON_GPU and is_installed()), reason="flashinfer is not installed")
+@pytest.mark.parametrize("window", [None, 24])
+def test_flashinfer_attends_to_whole_contexts_without_a_cache(window):
+    lengths = np.array([70, 1, 300], np.int32)
+    starts = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+    query = draw(starts[-1], 8, 64, dtype=torch.bfloat16)
+    own = draw(2, starts[-1], 2, 64, dtype=torch.bfloat16)
+    shape = AttentionShape(8, 2, 64, 16, 64**-0.5, window, torch.bfloat16, torch.bfloat16)
+    prefill = FlashInferPrefill(shape, workspace(DEVICE))
+    blocks = [[0] * -(-int(length) // 16) for length in lengths]
+    assert prefill.plan(starts, PagedContext.of(blocks, lengths, 16))
+    out = torch.full_like(query, torch.nan)
+    prefill.run(query, own, out)
+    for start, stop in itertools.pairwise(starts.tolist()):
+        q, k, v = (rows[start:stop].double().transpose(0, 1) for rows in (query, *own))
+        position = torch.arange(stop - start, device=DEVICE)
+        distance = position[:, None] - position[None, :]
+        visible = (distance >= 0) & (distance < (window or 2**30))
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=visible, enable_gqa=True
+        ).transpose(0, 1)
+        assert error(out[start:stop], expected) < TOLERANCE[torch.bfloat16]

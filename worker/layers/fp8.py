@@ -7,8 +7,8 @@ from torch import Tensor
 from diptych.kernels.activation_triton import silu_and_mul
 from diptych.kernels.fp8_linear_triton import fp8_linear
 from diptych.kernels.skinny_linear_triton import (
+    FP8_GATED,
     choose_fp8,
-    choose_fp8_gated,
     skinny_gated,
     skinny_linear,
 )
@@ -41,6 +41,6 @@ class Fp8PartsLinear:
         """`silu(gate) * up` of a gate and up weight, in x's dtype."""
         rows = len(x)
         if rows == 1:
-            return skinny_gated(x, self.weight, choose_fp8_gated(), self.scale)
+            return skinny_gated(x, self.weight, FP8_GATED, self.scale)
         parts = self(x) if rows <= _MAX_WIDE_ROWS else fp8_linear(x, self.weight, self.scale)[None]
         return silu_and_mul(parts, x.dtype)
