@@ -54,7 +54,7 @@ def plans(rows: int, inputs: int) -> Iterator[SkinnyPlan]:
         return
     for (block_n, block_k, warps), splits in itertools.product(SEVERAL, (1, 2, 4, 8)):
         if inputs >= splits * block_k:
-            yield SkinnyPlan.tiled(rows, block_n, block_k, splits, num_warps=warps, weight_bytes=1)
+            yield SkinnyPlan.tiled(rows, inputs, block_n, block_k, splits, num_warps=warps, weight_bytes=1)
 
 
 def measure_linear() -> None:

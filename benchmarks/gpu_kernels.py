@@ -106,7 +106,7 @@ def linear_plans(rows: int, inputs: int, *, gated: bool) -> Iterator[SkinnyPlan]
     forms = ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8))
     for (block_n, block_k, warps), splits in itertools.product(forms, (1,) if gated else (1, 2, 4)):
         if inputs >= 2 * splits * block_k:
-            plan = SkinnyPlan.tiled(rows, block_n, block_k, splits, num_warps=warps, gated=gated)
+            plan = SkinnyPlan.tiled(rows, inputs, block_n, block_k, splits, num_warps=warps, gated=gated)
             yield plan
             yield dataclasses.replace(plan, stages=max(2, plan.stages // 2))
 
@@ -215,15 +215,22 @@ def measure_decode() -> None:
 
 
 def measure_prefill() -> None:
-    heads, kv_heads, dim, rows, length = 32, 8, 128, 4, 2048
+    """Whole prompts, and the last halves of prompts."""
+    for cached in (0, 1024):
+        measure_prompts(cached)
+
+
+def measure_prompts(cached: int, rows: int = 4, length: int = 2048) -> None:
+    heads, kv_heads, dim, count = 32, 8, 128, length - cached
     pool = torch.randn(rows * length // BLOCK, 4, 2, kv_heads, BLOCK, dim, device=DEVICE).bfloat16()
     tables = torch.randperm(len(pool), device=DEVICE).int().view(rows, -1)
-    query = torch.randn(rows * length, heads, dim, device=DEVICE).bfloat16()
-    starts = np.arange(rows + 1, dtype=np.int32) * length
-    slots = torch.arange(rows, dtype=torch.int32, device=DEVICE).repeat_interleave(length)
-    plan = PrefillPlan.of(starts, np.zeros(rows, np.int32), DEVICE)
+    query = torch.randn(rows * count, heads, dim, device=DEVICE).bfloat16()
+    starts = np.arange(rows + 1, dtype=np.int32) * count
+    slots = torch.arange(rows, dtype=torch.int32, device=DEVICE).repeat_interleave(count)
+    plan = PrefillPlan.of(starts, np.full(rows, cached, np.int32), DEVICE)
     expected, out = torch.empty_like(query), torch.empty_like(query)
-    operations = 2 * rows * length * length * heads * dim
+    operations = 2 * rows * (length**2 - cached**2) * heads * dim
+    name = f"prefill of {rows} x {count} after {cached}"
 
     def ours() -> None:
         prefill_attention(
@@ -231,19 +238,20 @@ def measure_prefill() -> None:
         )
 
     us = time_us([ours])
-    print(f"prefill triton: {us:.0f} us, {operations / us / 1e6:.0f} TFLOP/s", flush=True)
+    print(f"{name}, triton: {us:.0f} us, {operations / us / 1e6:.0f} TFLOP/s", flush=True)
     if not flashinfer.is_installed():
         return
     context = flashinfer.PagedContext.of(tables.tolist(), np.full(rows, length, np.int32), BLOCK)
+    own = pool[tables.flatten(), 1].permute(1, 0, 3, 2, 4).reshape(2, rows * length, kv_heads, dim)
     for backend in ("fa2", "fa3"):
         prefill = flashinfer.FlashInferPrefill(
             attention_shape(heads, kv_heads, dim), flashinfer.workspace(DEVICE), backend
         )
-        prefill.plan(starts, context)
-        us = time_us([partial(prefill.run, query, pool[:, 1], out)])
+        keys_values = own if prefill.plan(starts, context) else pool[:, 1]
+        us = time_us([partial(prefill.run, query, keys_values, out)])
         difference = float((out - expected).float().norm() / expected.float().norm())
         print(
-            f"prefill {backend}: {us:.0f} us, {operations / us / 1e6:.0f} TFLOP/s, {difference:.0e} away",
+            f"{name}, {backend}: {us:.0f} us, {operations / us / 1e6:.0f} TFLOP/s, {difference:.0e} away",
             flush=True,
         )
 

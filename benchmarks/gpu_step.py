@@ -5,6 +5,9 @@
 
 A decode step is timed three ways: replays of its graph, the engine's step loop (scheduler, sampling, overlap, events)
 in wall time, and the floor: the bytes of weights and KV that it must read over what the memory gives in a copy.
+Prefill is also given as a fraction of the rate of one large bfloat16 product. Copy and product are measured first:
+machines of one kind differ by a few percent.
+
 Figures are medians; `spread` is the 10th and 90th percentile. Graphs are replayed one after the other, as a worker
 does: a sample is the mean of eight.
 """
@@ -37,7 +40,6 @@ from diptych.worker.models.weights import DTYPES, dummy_weights
 from diptych.worker.prefill import TritonPrefill, choose_prefill
 from diptych.worker.sampler import Sampler
 
-MEMORY_TB_S = 4.3  # an H200's copy, bytes read and written
 BLOCK = 32
 _RUNS = 8
 
@@ -75,6 +77,7 @@ class Results:
     device: str
     date: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
     versions: dict[str, str] = field(default_factory=dict)
+    limits: dict[str, float] = field(default_factory=dict)
     cases: list[dict[str, Any]] = field(default_factory=list)
     output: Path | None = None
 
@@ -108,6 +111,24 @@ def event_times_ms(run: Callable[[], object], count: int) -> list[float]:
     return times[count // 4 :]
 
 
+def layer_weights(config: ModelConfig) -> int:
+    """What each token of a prompt is multiplied with."""
+    attention = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+    return config.num_layers * config.hidden_size * (attention + 3 * config.intermediate_size)
+
+
+def measure_limits() -> dict[str, float]:
+    """What the memory gives in a copy, read and written, and the matrix unit on random numbers, both for 0.3 s."""
+    source = torch.empty(1 << 30, dtype=torch.int32, device="cuda").random_()
+    target = torch.empty_like(source)
+    x, y = torch.randn(2, 8192, 8192, dtype=torch.bfloat16, device="cuda")
+    copy_ms, product_ms = (
+        statistics.median(event_times_ms(run, count))
+        for run, count in ((lambda: target.copy_(source), 20), (lambda: torch.mm(x, y), 28))
+    )
+    return {"copy_tb_s": 2 * source.nbytes / copy_ms / 1e9, "product_tflop_s": 2 * 8192**3 / product_ms / 1e9}
+
+
 class Machine:
     """A network of one shape over a pool that fits all its cases."""
 
@@ -137,10 +158,10 @@ class Machine:
         )
         self.prefill = (choose_prefill if flashinfer else TritonPrefill)(self.attention, self.device)
 
-    def floor_ms(self, rows: int, context: int) -> float:
+    def floor_ms(self, rows: int, context: int, copy_tb_s: float) -> float:
         config = self.shape.config
         per_token = config.num_layers * 2 * config.num_kv_heads * config.head_dim * self.pool.itemsize
-        return (self.network.weight_bytes + rows * context * per_token) / MEMORY_TB_S / 1e9
+        return (self.network.weight_bytes + rows * context * per_token) / copy_tb_s / 1e9
 
 
 def measure_graph(machine: Machine, name: str, rows: int, context: int, results: Results) -> None:
@@ -161,7 +182,7 @@ def measure_graph(machine: Machine, name: str, rows: int, context: int, results:
 
     count = 16
     greedy, spread = percentiles(event_times_ms(lambda: step(sampled=False), count))
-    floor = machine.floor_ms(rows, context)
+    floor = machine.floor_ms(rows, context, results.limits["copy_tb_s"])
     state.field("temperature").fill_(0.8)
     state.field("top_p").fill_(1.0)
     plain, _ = percentiles(event_times_ms(lambda: step(sampled=True), 8))
@@ -188,16 +209,18 @@ def measure_prefill(
 ) -> None:
     state = DeviceState(rows, machine.blocks_per_row, machine.device)
     rates = []
-    for _ in range(3):
+    for _ in range(4):
         runner = CudaRunner(machine.network, machine.pool, state, machine.prefill, None, Sampler(frozenset()))
         rates.append(prefill_tokens_per_s(runner, machine.num_blocks, BLOCK, rows, length))
+    rate = statistics.median(rates[1:])
     results.add(
         what="prefill",
         shape=name,
         rows=rows,
         length=length,
         attention=machine.prefill.name,
-        tokens_per_s=statistics.median(rates[1:]),
+        tokens_per_s=rate,
+        of_product=2e-12 * rate * layer_weights(machine.shape.config) / results.limits["product_tflop_s"],
         first=rates[0],
     )
 
@@ -217,6 +240,8 @@ def main() -> None:
         "python": platform.python_version(),
     }
     torch.manual_seed(0)
+    results.limits = measure_limits()
+    print(" ".join(f"{name}={value:.4g}" for name, value in results.limits.items()), flush=True)
     with torch.inference_mode():
         cases = arguments.shape or ["8b", "135m"], arguments.quant or ["none"], arguments.kv or ["auto"]
         for name, quant, kv in itertools.product(*cases):

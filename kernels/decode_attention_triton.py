@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diptych.kernels.attention_tile_triton import LOG2E, places_of, take_tile
-from diptych.kernels.dependent_launch_triton import release, wait
+from diptych.kernels.dependent_launch_triton import follow, release, wait
 from diptych.kernels.gpu import chained
 from diptych.kernels.rope_triton import HeadInputs, head_values, stored, turned
 
@@ -64,7 +64,10 @@ def _decode(
     SPLITS: tl.constexpr, SHARES: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    wait(PDL)
+    if SHARES > 1:  # the programs do not fill the device
+        follow(PDL)
+    else:
+        wait(PDL)
     kv_head = tl.program_id(0)
     share = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
@@ -129,7 +132,8 @@ def _decode(
                 total,
                 PRECISION,
             )
-        release(PDL)
+        if SHARES == 1:
+            release(PDL)
         total = total / mass[:, None]
         if SHARES == 1:
             tl.store(to, total, mask=mine)

@@ -1,7 +1,7 @@
 """Triton kernels around the residual stream: embedding lookup, partial sums, residual and norm in one pass each.
 
 The residual stream is float32. What is added to it comes as `[S, T, hidden]` partial sums, as a split-K product
-(skinny_linear_triton.py) leaves them; a plain product has S = 1.
+(skinny_linear_triton.py) leaves them; a plain product has S = 1, one that was added already 0.
 """
 
 import torch
@@ -65,7 +65,8 @@ def _add_norm(
     for split in tl.static_range(SPLITS):
         part = parts + tl.cast(num_rows, tl.int64) * split * hidden
         total += tl.load(part + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(residual + at, total, mask=inside)
+    if SPLITS > 0:
+        tl.store(residual + at, total, mask=inside)
     tl.store(normed + at, _normed(total, weight, columns, inside, hidden, eps), mask=inside)
 
 

@@ -119,6 +119,7 @@ class SkinnyPlan:
     def tiled(
         cls,
         num_rows: int,
+        inputs: int,
         block_n: int,
         block_k: int,
         splits: int = 1,
@@ -127,10 +128,10 @@ class SkinnyPlan:
         weight_bytes: int = 2,
         gated: bool = False,
     ) -> "SkinnyPlan":
-        """For several rows: as many stages as let two programs share a multiprocessor."""
+        """For several rows: as many stages as let two programs share a multiprocessor, if there are so many steps."""
         rows = max(_DOT_ROWS, triton.next_power_of_2(num_rows))
         stage_bytes = block_k * (block_n * weight_bytes * (2 if gated else 1) + rows * 2)
-        stages = max(2, min(8, _SHARED_BYTES // 2 // stage_bytes))
+        stages = max(2, min(8, inputs // splits // block_k, _SHARED_BYTES // 2 // stage_bytes))
         return cls(block_n, block_k, splits, num_warps, stages, rows)
 
 
@@ -148,7 +149,7 @@ def choose(num_rows: int, outputs: int, inputs: int, num_sms: int) -> SkinnyPlan
         return SkinnyPlan(8, 1024 if inputs >= 2048 else 256, stages=3)
     block_k = 128 if inputs >= 2048 else 64
     splits = _splits(outputs, 64, inputs, block_k, 1.4 * num_sms)
-    return SkinnyPlan.tiled(num_rows, 64, block_k, splits)
+    return SkinnyPlan.tiled(num_rows, inputs, 64, block_k, splits)
 
 
 def choose_gated(num_rows: int, inner: int, inputs: int, num_sms: int) -> SkinnyPlan | None:
@@ -157,7 +158,7 @@ def choose_gated(num_rows: int, inner: int, inputs: int, num_sms: int) -> Skinny
         return SkinnyPlan(4, 1024 if inputs >= 2048 else 256, stages=3)
     if inner < 64 * num_sms:
         return None
-    return SkinnyPlan.tiled(num_rows, 64, 128, gated=True)
+    return SkinnyPlan.tiled(num_rows, inputs, 64, 128, gated=True)
 
 
 def choose_fp8(num_rows: int, outputs: int, inputs: int, num_sms: int) -> SkinnyPlan:
@@ -167,10 +168,10 @@ def choose_fp8(num_rows: int, outputs: int, inputs: int, num_sms: int) -> Skinny
         return SkinnyPlan(8, block_k, stages=3)
     if num_rows > 32 or outputs >= 128 * num_sms:
         splits = _splits(outputs, 128, inputs, 128, 1.4 * num_sms, most=8)
-        return SkinnyPlan.tiled(num_rows, 128, 128, splits, num_warps=8, weight_bytes=1)
+        return SkinnyPlan.tiled(num_rows, inputs, 128, 128, splits, num_warps=8, weight_bytes=1)
     block_k = 256 if inputs >= 2048 else 64
     splits = _splits(outputs, 64, inputs, block_k, 1.9 * num_sms)
-    return SkinnyPlan.tiled(num_rows, 64, block_k, splits, weight_bytes=1)
+    return SkinnyPlan.tiled(num_rows, inputs, 64, block_k, splits, weight_bytes=1)
 
 
 def _splits(outputs: int, block_n: int, inputs: int, block_k: int, programs: float, most: int = 4) -> int:

@@ -56,7 +56,7 @@ def poison(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "hidden", "splits"), [(1, 576, 1), (3, 4096, 4), (7, 24, 2)])
+@pytest.mark.parametrize(("rows", "hidden", "splits"), [(1, 576, 1), (3, 4096, 4), (7, 24, 2), (5, 100, 0)])
 def test_add_rms_norm(dtype, rows, hidden, splits):
     from diptych.kernels.norm_triton import add_rms_norm
 

@@ -30,6 +30,8 @@ from diptych.worker.models.config import ModelConfig
 from diptych.worker.models.fp8_weights import scale_name
 from diptych.worker.parallel import ONE_RANK, ParallelDims
 
+_ADDED_ROWS = 1024  # that are worth a product which reads and writes the residual stream
+
 # `[S, T, (heads + 2 kv heads) * dim]` products, what makes heads of them, and one layer's cache, which takes the rows'
 # K and V, to attended values `[T, heads, dim]`.
 Attend = Callable[[Tensor, HeadInputs, Tensor], Tensor]
@@ -66,6 +68,13 @@ class PartsLinear:
         if plan is None or not self.is_skinny(rows):
             return silu_and_mul(self(x), x.dtype)
         return skinny_gated(x, self.weight, plan)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """Adds `x @ weight.T` to `residual`, or gives back what is still to be added, `[S, T, outputs]`, S maybe 0."""
+        if len(x) < _ADDED_ROWS or self.bias is not None:
+            return self(x)
+        torch.addmm(residual, x, self.weight.T, out_dtype=torch.float32, out=residual)
+        return residual.new_empty(0, *residual.shape)
 
     def is_skinny(self, rows: int) -> bool:
         """Whether cuBLAS would be slower."""
@@ -166,10 +175,16 @@ class CudaNetwork:
                 attended, residual = attended[rows.logits_rows], residual[rows.logits_rows]
                 if len(residual) == 0:
                     return residual.new_empty(0, self.config.vocab_size)
-            parts = self.ranks.total_parts(layer.o(attended))
+            parts = self._add(layer.o, attended, residual)
             normed = add_rms_norm(parts, residual, layer.post_norm, eps)
-            parts = self.ranks.total_parts(layer.down(layer.gate_up.gated(normed)))
+            parts = self._add(layer.down, layer.gate_up.gated(normed), residual)
         return self._logits(add_rms_norm(parts, residual, self._norm, eps))
+
+    def _add(self, linear: PartsLinear | Fp8PartsLinear, x: Tensor, residual: Tensor) -> Tensor:
+        """The partial sums that the next norm adds to `residual`."""
+        if self.ranks is ALONE and isinstance(linear, PartsLinear):
+            return linear.add_to(residual, x)
+        return self.ranks.total_parts(linear(x))
 
     def _logits(self, normed: Tensor) -> Tensor:
         if self._head.is_skinny(len(normed)):
