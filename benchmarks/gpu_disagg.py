@@ -38,10 +38,13 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="[cuda]")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="8b")
-    parser.add_argument("--concurrency", default="8,16,32,64")
+    parser.add_argument("--concurrency", default="16,32,64,128")
     parser.add_argument("--input-len", default="1024")
     parser.add_argument("--output-len", default="128")
-    parser.add_argument("--rounds", default="2")
+    parser.add_argument(
+        "--num-requests", default="384", help="at each concurrency: several for each client [384]"
+    )
+    parser.add_argument("--rounds", default="1")
     parser.add_argument("--output", type=Path, help="JSON file, as serve.py writes it")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="gpu-disagg-") as folder, ExitStack() as stack:
@@ -52,7 +55,7 @@ def main() -> None:
             command = [sys.executable, str(Path(__file__).with_name("serve.py"))]
             for name in ("aggregated", "disaggregated"):
                 command += ["--target", f"{name}={mesh.urls[name]},{model.name}"]
-            for name in ("concurrency", "input-len", "output-len", "rounds"):
+            for name in ("concurrency", "input-len", "output-len", "num-requests", "rounds"):
                 command += [f"--{name}", getattr(options, name.replace("-", "_"))]
             command += ["--tokenizer", str(model), "--prompts", "ids"]
             command += ["--output", str(options.output)] if options.output else []

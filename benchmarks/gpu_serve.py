@@ -1,6 +1,6 @@
 """The GPU engine as a server: starts `trtllm-serve` on random weights, checks its streams, and times its steps.
 
-    python benchmarks/gpu_serve.py [--shape 8b] [--load 1x256 --load 64x1024 ...] [--output FILE.json]
+    python benchmarks/gpu_serve.py [--shape 8b] [--quant fp8] [--load 1x256 --load 64x1024 ...] [--output FILE.json]
 
 Figures of a load: what its clients saw between two tokens (`itl_ms`), and the time between the ends of two decode
 steps with all rows in them by the server's own `/metrics` (`step_ms`). Both are to be compared with the graph's time
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from gpu.dummy_model import write_model
+from gpu.dummy_model import QUANTIZATIONS, write_model
 from serving.mesh import Mesh
 
 _OUTPUT_TOKENS = 128
@@ -125,7 +125,7 @@ async def run(arguments: argparse.Namespace, url: str, ready_s: float) -> None:
     async with aiohttp.ClientSession(
         timeout=timeout, connector=aiohttp.TCPConnector(limit=0), read_bufsize=1 << 20
     ) as session:
-        found: dict[str, Any] = {"shape": arguments.shape, "ready_s": ready_s}
+        found: dict[str, Any] = {"shape": arguments.shape, "quant": arguments.quant, "ready_s": ready_s}
         async with session.get(f"{url}/v1/models") as response:
             model = (await response.json())["data"][0]["id"]
         async with session.get(f"{url}/server_info") as response:
@@ -149,6 +149,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=["8b", "135m"], default="8b")
+    parser.add_argument("--quant", choices=tuple(QUANTIZATIONS), default="none", help="of the weights")
     parser.add_argument("--load", action="append", type=Load.parse, metavar="ROWSxPROMPT")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--iterations", action="store_true", help="collect /metrics, which costs a little")
@@ -164,7 +165,7 @@ def main() -> None:
         "kv_cache_config": {"enable_block_reuse": False},
     }
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        model = write_model(Path(folder) / arguments.shape, arguments.shape)
+        model = write_model(Path(folder) / arguments.shape, arguments.shape, arguments.quant)
         mesh = Mesh(stack, Path(folder))
         began = time.perf_counter()
         try:

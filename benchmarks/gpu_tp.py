@@ -1,6 +1,6 @@
 """Tensor parallelism on GPUs: whole engines with one and two ranks, random weights, no HTTP.
 
-    python benchmarks/gpu_tp.py [--part collectives|tokens|speed|kill ...] [--tp 2] [--output FILE.json]
+    python benchmarks/gpu_tp.py [--part collectives|tokens|speed|kill ...] [--tp 2] [--quant fp8] [--output FILE.json]
 
 collectives   what one sum over the ranks costs inside a CUDA graph, by size and way
 tokens        tokens and log probabilities of two ranks against one; KV moved between engines of one and two ranks
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gpu.dummy_model import QUANTIZATIONS
 
 from diptych.wire import EngineProgress, SamplingParams, Submit, TokenEvent
 from diptych.worker.engine_client import EngineClient
@@ -50,6 +51,7 @@ DECODES = ((1, 256), (64, 1088), (256, 1088))
 @dataclass
 class Results:
     output: Path | None
+    quant: str
     date: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
     cases: list[dict[str, Any]] = field(default_factory=list)
 
@@ -59,7 +61,8 @@ class Results:
         if self.output is not None:
             import torch
 
-            whole = {"date": self.date, "device": torch.cuda.get_device_name(), "torch": torch.__version__}
+            device = torch.cuda.get_device_name()
+            whole = {"date": self.date, "quant": self.quant, "device": device, "torch": torch.__version__}
             self.output.write_text(json.dumps({**whole, "cases": self.cases}, indent=1))
 
 
@@ -75,12 +78,13 @@ class Answer:
 class Running:
     """One engine with its processes."""
 
-    def __init__(self, shape: str, folder: Path, tp: int, **settings: Any) -> None:
+    def __init__(self, shape: str, folder: Path, tp: int, quant: str, **settings: Any) -> None:
         path = folder / shape
         path.mkdir(exist_ok=True)
         config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rms_norm_eps": 1e-5}
         config |= {"max_position_embeddings": 8192, "rope_theta": 500000.0, "torch_dtype": "bfloat16"}
         config |= {"hidden_act": "silu", "tie_word_embeddings": False, **SHAPES[shape]}
+        config |= QUANTIZATIONS[quant]
         (path / "config.json").write_text(json.dumps(config))
         self.settings = EngineSettings(
             model_path=str(path),
@@ -154,8 +158,8 @@ async def tokens(folder: Path, tp: int, results: Results) -> None:
     prompts = prompts_of(24, 150, SHAPES["small"]["vocab_size"])
     common = {"max_kv_tokens": 40000, "max_batch_size": 32, "max_num_tokens": 2048, "max_seq_len": 1024}
     async with (
-        Running("small", folder, 1, **common) as one,
-        Running("small", folder, tp, **common) as several,
+        Running("small", folder, 1, results.quant, **common) as one,
+        Running("small", folder, tp, results.quant, **common) as several,
     ):
         expected = await one.ask(prompts, 40)
         found = await several.ask(prompts, 40)
@@ -214,7 +218,7 @@ async def speed(folder: Path, tp: int, results: Results) -> None:
             "max_seq_len": 2304,
             "enable_block_reuse": False,
         }
-        async with Running("8b", folder, size, max_kv_tokens=300_000, **settings) as engine:
+        async with Running("8b", folder, size, results.quant, max_kv_tokens=300_000, **settings) as engine:
             results.add(what="start", shape="8b", tp=size, start_s=engine.start_s, kernel=engine.ready.kernel)
             await engine.ask(prompts_of(2, 2048, 100_000), 4)
             rates = []
@@ -247,7 +251,7 @@ async def kill(folder: Path, tp: int, results: Results) -> None:
 
     before = used()
     async with Running(
-        "small", folder, tp, max_kv_tokens=400_000, max_batch_size=16, max_num_tokens=2048
+        "small", folder, tp, results.quant, max_kv_tokens=400_000, max_batch_size=16, max_num_tokens=2048
     ) as engine:
         during = used()
         (rank, *_) = _children(engine.ready.pid)
@@ -295,9 +299,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--part", action="append", choices=["collectives", *PARTS])
     parser.add_argument("--tp", type=int, default=2)
+    parser.add_argument("--quant", choices=tuple(QUANTIZATIONS), default="none", help="of the weights")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    results = Results(arguments.output)
+    results = Results(arguments.output, arguments.quant)
     with tempfile.TemporaryDirectory() as folder:
         for part in arguments.part or ["collectives", *PARTS]:
             if part == "collectives":

@@ -61,10 +61,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
+QUANTIZATIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "fp8": {"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}},
+}
 _CHAT = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
 
 
-def write_model(path: Path, shape: str) -> Path:
+def write_model(path: Path, shape: str, quantization: str = "none") -> Path:
     """A vocabulary of bytes, then of words that nobody writes: random ids are drawn as text of a few letters each."""
     size = SHAPES[shape]["vocab_size"]
     words = [*sorted(pre_tokenizers.ByteLevel.alphabet())]
@@ -76,7 +80,7 @@ def write_model(path: Path, shape: str) -> Path:
     tokenizer.add_special_tokens(["<s>", "</s>"])
     path.mkdir(parents=True, exist_ok=True)
     ids = {"bos_token_id": size - 2, "eos_token_id": size - 1}
-    (path / "config.json").write_text(json.dumps(_COMMON | SHAPES[shape] | ids))
+    (path / "config.json").write_text(json.dumps(_COMMON | SHAPES[shape] | QUANTIZATIONS[quantization] | ids))
     tokenizer.save(str(path / "tokenizer.json"))
     fields = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": _CHAT}
     (path / "tokenizer_config.json").write_text(json.dumps(fields))
