@@ -17,6 +17,7 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
+from gpu.flashinfer_decode import FlashInferDecode
 from torch import Tensor
 
 from diptych.kernels import flashinfer_attention as flashinfer
@@ -190,7 +191,7 @@ class DecodeCase:
     def _flashinfer(self, query: Tensor, pool: Tensor, tables: Tensor) -> dict[str, float]:
         if self.dtype != torch.bfloat16 or not flashinfer.is_installed():
             return {}
-        decode = flashinfer.FlashInferDecode(
+        decode = FlashInferDecode(
             attention_shape(self.heads, self.kv_heads, self.dim),
             flashinfer.workspace(DEVICE),
             self.rows,
