@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from diptych.listen import open_listener
 from diptych.router.router import Router as RouterProcess
 from diptych.router.settings import Limits
 from diptych.router.status import missing_roles
-from tests.fakes.fake_worker import FakeWorker
+from tests.fakes.fake_worker import FakeWorker, Leg
 
 STREAM = {"model": "fake", "prompt": "hello", "stream": True}
 WHOLE = {"model": "fake", "prompt": "hello"}
@@ -77,6 +77,21 @@ class Router:
         async with self.post(body, **options) as response:
             assert response.status == 200, await response.text()
             return await response.text()
+
+    async def held(self, body: object, worker: FakeWorker, leg: Leg) -> "asyncio.Task[str]":
+        """A client's request that this worker holds up in this leg, until `script.hold[leg]` is set."""
+        worker.script.hold[leg] = asyncio.Event()
+        request = asyncio.create_task(self.text(body))
+        await worker.wait_for(lambda: worker.legs(leg))
+        return request
+
+    @asynccontextmanager
+    async def streaming(self, num_events: int, **options) -> AsyncIterator[aiohttp.ClientResponse]:
+        """A client that has read so many events of its stream."""
+        async with self.post(STREAM, **options) as response:
+            for _ in range(num_events):
+                await response.content.readuntil(b"\n\n")
+            yield response
 
     async def metric(self, name: str) -> float:
         async with self.session.get(self.url + "/metrics") as response:

@@ -229,13 +229,11 @@ async def test_hung_workers_end_in_504(start_router: StartRouter, context, gener
 async def test_a_client_that_leaves_during_the_prefill_ends_both_legs(
     start_router: StartRouter, context, generation
 ):
-    context.script.hold["context"] = asyncio.Event()
     generation.script.hold["generation"] = asyncio.Event()
     router = await start_router(context, generation, config=EARLY)
-    call = asyncio.create_task(router.text(STREAM))
-    await context.wait_for(lambda: context.seen)
+    request = await router.held(STREAM, context, "context")
     await generation.wait_for(lambda: generation.seen)
-    call.cancel()
+    request.cancel()
     await context.wait_fate("context", "cancelled")
     await generation.wait_fate("generation", "cancelled")
     await context.wait_for(lambda: len(context.revoked) == 1)
@@ -247,8 +245,7 @@ async def test_a_client_that_leaves_after_the_first_token_ends_the_early_leg(
 ):
     generation.script.hold["generation"] = asyncio.Event()
     router = await start_router(context, generation, config=EARLY)
-    async with router.post(STREAM) as response:
-        await response.content.readuntil(b"\n\n")
+    async with router.streaming(1) as response:
         response.close()
     await generation.wait_fate("generation", "cancelled")
     await context.wait_for(lambda: context.released == ["c0-ticket-1"])

@@ -6,7 +6,6 @@ import json
 import pytest
 
 from diptych.journal import END, Entry, journal_line, read_journal
-from diptych.router.flow import Flow
 from diptych.router.frontends.openai import parse_call, parse_prefill
 from diptych.router.http1 import ChunkedBody, MalformedResponse
 from diptych.router.settings import Limits
@@ -136,9 +135,7 @@ async def test_another_incarnation_cuts_what_runs_on_the_old_one(
     generation.script.hold_after[2] = asyncio.Event()
     limits = Limits(probe_interval_s=0.05, probe_retry_s=0.05)
     router = await start_router(context, generation, limits=limits)
-    async with router.post(STREAM) as response:
-        await response.content.readuntil(b"\n\n")
-        await response.content.readuntil(b"\n\n")
+    async with router.streaming(2) as response:
         generation.script.hold_after.clear()  # for who comes next: the leg that runs waits on
         generation.incarnation = "2"
         rest = (await response.read()).decode()
@@ -149,9 +146,7 @@ async def test_another_incarnation_cuts_what_runs_on_the_old_one(
 async def test_a_begun_stream_waits_for_somebody_to_come_back(start_router: StartRouter, context, generation):
     router = await start_router(context, generation)
     gate = generation.script.hold_after[2] = asyncio.Event()
-    async with router.post(STREAM) as response:
-        await response.content.readuntil(b"\n\n")
-        await response.content.readuntil(b"\n\n")
+    async with router.streaming(2) as response:
         await context.stop()
         await generation.stop()
         await router.until(lambda: not any(worker.ready for worker in router.pool.workers))
@@ -180,75 +175,6 @@ async def test_a_draining_worker_is_no_error(broken, generation, spare_generatio
         assert texts(await broken.text(STREAM)) == ALL
     (worker,) = (w for w in broken.pool.workers if w.worker_id == generation.url)
     assert await broken.pool.wait_until(lambda pool: worker.state == "DRAINING", 5.0)
-
-
-async def test_client_gone_while_its_stream_waits_for_a_worker(
-    start_router: StartRouter, context, generation
-):
-    router = await start_router(context, generation)
-    generation.script.hold_after[2] = asyncio.Event()
-    async with router.post(STREAM) as response:
-        await response.content.readuntil(b"\n\n")
-        await response.content.readuntil(b"\n\n")
-        await context.stop()
-        await generation.stop()
-        await router.until(lambda: not any(worker.ready for worker in router.pool.workers))
-        response.close()
-    for _ in range(1000):
-        if await router.metric("cancelled_requests_total") == 1:
-            break
-    assert await router.metric("cancelled_requests_total") == 1
-
-
-async def test_client_gone_during_the_context_leg_revokes_what_it_gets(
-    start_router: StartRouter, context, generation
-):
-    context.script.hold["context"] = asyncio.Event()
-    router = await start_router(context, generation)
-    request = asyncio.create_task(router.text(STREAM))
-    await context.wait_for(lambda: context.legs("context"))
-    request.cancel()
-    await context.wait_fate("context", "cancelled")
-    asked = context.seen[0].body["disaggregated_params"]["disagg_request_id"]
-    await context.wait_for(lambda: context.revoked == [asked])
-
-
-async def test_client_gone_in_the_turn_in_which_the_context_answer_arrives(
-    start_router: StartRouter, context, generation, monkeypatch
-):
-    """The answer is read and the request is cancelled before it wakes: the tickets must not be forgotten."""
-    handlers: list[asyncio.Task] = []
-
-    async def run(self, call, client):
-        handlers.append(asyncio.current_task())
-        return await original(self, call, client)
-
-    original = Flow.run
-    monkeypatch.setattr(Flow, "run", run)
-    gate = context.script.hold["context"] = asyncio.Event()
-    router = await start_router(context, generation)
-    request = asyncio.create_task(router.text(STREAM))
-    await context.wait_for(lambda: context.legs("context"))
-    (worker,) = (w for w in router.pool.workers if w.worker_id == context.url)
-    (connection,) = (c for c in worker.client.connections if c.exchange is not None)
-    exchange = connection.exchange
-
-    class Spy:
-        def feed(self, data):
-            exchange.feed(data)
-            if connection.exchange is None:  # that was the last byte
-                handlers[0].cancel()
-            else:
-                connection.exchange = self
-
-        def __getattr__(self, name):
-            return getattr(exchange, name)
-
-    connection.exchange = Spy()
-    gate.set()
-    await context.wait_for(lambda: context.revoked)
-    assert generation.legs("generation") == []
-    request.cancel()
 
 
 def call(body: dict, path="/v1/completions"):
