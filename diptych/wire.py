@@ -91,8 +91,8 @@ class Logprob(msgspec.Struct, frozen=True, array_like=True):
     top: list[tuple[int, float]] = []  # most likely first
 
 
-# Of a generation leg's response, in its head: "1" when the KV of all its tickets has come, "0" when it computes
-# prompts instead; left out when that is not known yet.
+# Of a generation leg's response, in its head: "1" when the KV of all its tickets has come or was here already, "0" when
+# it computes prompts instead, or cannot tell the tickets' owner; left out when that is not known yet.
 FETCHED_HEADER = "X-Diptych-Fetched"
 
 
@@ -105,6 +105,7 @@ class SequenceTimes(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     prefill_s: float = 0.0  # first scheduled (or fetched) to first token
     wire_s: float = 0.0  # part of fetch_s that was copying
     wire_bytes: int = 0
+    fetched: bool = False  # the KV of its ticket is here, and the ticket's owner hears of it
     transport: str = ""
     ready_at: float = 0.0  # monotonic, of this host: when its first step could begin, and when the
     drawn_at: float = 0.0  # token was there

@@ -121,6 +121,7 @@ class Fetcher:
             wire_s,
             time.monotonic() - fetch.started_at,
             "+".join(dict.fromkeys(copy.name for copy in copies)),
+            told=num_bytes > 0 or self._reaches_owner(ticket),
         )
 
     def _copy_ours(self, fetch: Fetch, ticket: Ticket) -> tuple[list[_Copy], float]:
@@ -272,7 +273,7 @@ class Fetcher:
             self._drop(link)
 
     def _link(self, rank: OwnerRank, lease_s: float) -> Link | None:
-        key = (rank.incarnation, rank.host, rank.port)
+        key = _link_key(rank)
         with self._lock:
             if self._closed:
                 return None
@@ -283,8 +284,13 @@ class Fetcher:
                 )
             return link
 
+    def _reaches_owner(self, ticket: Ticket) -> bool:
+        with self._lock:
+            links = [self._links.get(_link_key(rank)) for rank in _leasing(ticket)]
+        return all(link is not None and link.is_up for link in links)
+
     def _drop(self, link: Link) -> None:
-        key = (link.rank.incarnation, link.rank.host, link.rank.port)
+        key = _link_key(link.rank)
         with self._lock:
             if self._links.get(key) is not link:
                 return
@@ -295,6 +301,10 @@ class Fetcher:
             self._companions.forget(incarnation)
         for message in link.unsaid():
             self._tell(link.rank, link.lease_s, message)
+
+
+def _link_key(rank: OwnerRank) -> tuple[str, str, int]:
+    return rank.incarnation, rank.host, rank.port
 
 
 def _leasing(ticket: Ticket) -> list[OwnerRank]:

@@ -62,6 +62,11 @@ class Link:
             os.eventfd_write(self._wake_fd, 1)
         return True
 
+    @property
+    def is_up(self) -> bool:
+        """Whether the owner has been reached, and as far as is known still is."""
+        return self._was_up and not self._ended
+
     def unsaid(self) -> list[Finish]:
         """The ends of fetches that a link which was up, and is cut, could not tell the owner."""
         with self._lock:

@@ -24,13 +24,14 @@ class TransceiverSettings:
 
 @dataclass(frozen=True, slots=True)
 class FetchDone:
-    """The blocks are here, verified; the owner has been told."""
+    """The blocks are here, verified."""
 
     fetch_id: int
     bytes: int
     wire_s: float  # spent copying
     total_s: float  # since `fetch` was called
     transport: str  # "" when there was nothing to copy
+    told: bool  # the owner knows, or is about to; False: nothing was copied, and it may be out of reach
 
 
 @dataclass(frozen=True, slots=True)

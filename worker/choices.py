@@ -34,7 +34,7 @@ class Choice:
     text: ChoiceText
     submit: Submit | None
     cached_tokens: int = 0
-    has_fetched: bool | None = None  # its KV came from the context worker; None: not known yet
+    has_fetched: bool | None = None  # its ticket is done, as the context worker hears; None: not known yet
     handed_on: DisaggregatedParams | None = None  # what the context leg tells the generation leg
 
     @property

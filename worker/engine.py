@@ -191,7 +191,10 @@ class Engine(Generic[L]):
                 case FetchDone():
                     request_id = self._fetches.pop(event.fetch_id)
                     times = SequenceTimes(
-                        wire_s=event.wire_s, wire_bytes=event.bytes, transport=event.transport
+                        wire_s=event.wire_s,
+                        wire_bytes=event.bytes,
+                        fetched=event.told,
+                        transport=event.transport,
                     )
                     self._scheduler.fetch_done(request_id, times, now)
                 case FetchFailed():

@@ -74,7 +74,7 @@ class Job:
 
     @property
     def has_fetched(self) -> bool | None:
-        """Whether a generation leg has the KV of every choice from the context worker; None: not known yet."""
+        """Whether a generation leg has done with the ticket of every choice; None: not known yet."""
         if self._leg is None or self._leg.request_type != "generation_only":
             return None
         fetched = [choice.has_fetched for choice in self.choices if choice.submit is not None]
@@ -191,7 +191,7 @@ class Job:
             log.warning("%s: %s", self.request_id, event.error)
             raise _error(event)
         if event.times is not None:
-            choice.has_fetched = event.times.wire_bytes > 0
+            choice.has_fetched = event.times.fetched
             if self._first_token_at is None:
                 self._note_first_token(event.times)
         cached = event.num_cached_tokens if choice.submit and not choice.submit.output_token_ids else None

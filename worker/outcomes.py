@@ -66,15 +66,16 @@ class Outcomes:
 def _times(sequence: Sequence, now: float) -> SequenceTimes:
     scheduled = now if sequence.scheduled_at is None else sequence.scheduled_at
     ready = scheduled if sequence.fetched_at is None else sequence.fetched_at
-    fetch = sequence.fetch_times
+    fetch = sequence.fetch_times or SequenceTimes()
     return SequenceTimes(
         follow_s=sequence.queued_at - sequence.arrival,
         queue_s=scheduled - sequence.queued_at,
         fetch_s=ready - scheduled,
         prefill_s=now - ready,
-        wire_s=fetch.wire_s if fetch else 0.0,
-        wire_bytes=fetch.wire_bytes if fetch else 0,
-        transport=fetch.transport if fetch else "",
+        wire_s=fetch.wire_s,
+        wire_bytes=fetch.wire_bytes,
+        fetched=fetch.fetched,
+        transport=fetch.transport,
         ready_at=ready,
         drawn_at=now,
     )

@@ -48,7 +48,7 @@ class InstantTransceiver:
 
     def fetch(self, ticket: bytes, source_indices: range, destination_blocks: list[int]) -> int:
         fetch_id = int(ticket)
-        self._done.append(FetchDone(fetch_id, 0, 0.0, 0.0, "none"))
+        self._done.append(FetchDone(fetch_id, 0, 0.0, 0.0, "none", told=True))
         return fetch_id
 
     def metrics(self) -> TransceiverMetrics:

@@ -5,6 +5,7 @@ import secrets
 
 import aiohttp
 import pytest
+from mesh import wait_for
 
 LICENSE = (
     "Permission is granted to anyone to use this software for any purpose, including commercial applications, "
@@ -118,3 +119,19 @@ async def test_a_cached_prefix_changes_nothing(servers, expected):
     async with aiohttp.ClientSession() as session:
         for _ in range(3):
             assert await generate(session, servers["router_shm"].url, path, body, salt) == expected[12]
+
+
+async def test_a_prompt_that_is_cached_whole_has_its_ticket_done(servers):
+    """The generation worker copies nothing and says that the ticket is done: the router has nothing to return."""
+    context, worker, router = servers["context"], servers["shm"], servers["router_shm"]
+    prompt = {"prompt": list(range(1000, 1064))}  # whole blocks
+    async with aiohttp.ClientSession() as session:
+        answers = [await generate(session, router.url, "/v1/completions", prompt, "whole")]
+        wait_for("the first ticket is done", lambda: context.blocks()["leased"] == 0, 10)
+        returned = router.metric("released_tickets_total")
+        fetched = worker.metric("diptych_kv_fetch_bytes_total")
+        answers += [await generate(session, router.url, "/v1/completions", prompt, "whole") for _ in range(2)]
+    assert answers[0] == answers[1] == answers[2]
+    assert worker.metric("diptych_kv_fetch_bytes_total") == fetched
+    assert router.metric("released_tickets_total") == returned
+    wait_for("all tickets are done", lambda: context.blocks()["leased"] == 0, 10)

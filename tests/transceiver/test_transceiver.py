@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import socket
 import time
 
 import msgspec
@@ -71,6 +72,18 @@ def test_a_fetch_after_the_lease_may_succeed_or_be_stale_but_never_ends_it_twice
     reader.result(reader.transceiver.fetch(second, [0], [0]))
     owner.ended(second_id)
     assert [event.reason for event in owner.seen] == ["cancelled"]
+
+
+def test_a_fetch_of_nothing_says_whether_its_owner_hears_of_it(nodes):
+    owner, reader = nodes(seed=1), nodes(seed=2)
+    first_id, first = owner.offer([7])
+    with socket.create_server(("127.0.0.1", 0)) as nobody:  # has this port, and never answers
+        astray = forge(first, port=nobody.getsockname()[1])
+        assert not reader.result(reader.transceiver.fetch(astray, [], [])).told
+    assert reader.result(reader.transceiver.fetch(first, [0], [0])).told
+    owner.ended(first_id)  # they have met
+    _, second = owner.offer([8])
+    assert reader.result(reader.transceiver.fetch(second, [], [])).told
 
 
 def test_one_log_line_says_which_transport_and_why(nodes, caplog):

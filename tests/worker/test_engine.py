@@ -177,8 +177,17 @@ def test_a_context_leg_gets_a_ticket_and_the_lease_ends_once(parts):
     scheduler.check()
 
 
-@pytest.mark.parametrize("outcome", [FetchDone(1, 100, 0.1, 0.2, "shm"), FetchFailed(1, "stale", "reused")])
-def test_a_generation_leg_goes_on_after_its_fetch_whatever_came_of_it(parts, outcome):
+@pytest.mark.parametrize(
+    ("outcome", "transport", "fetched"),
+    [
+        (FetchDone(1, 100, 0.1, 0.2, "shm", told=True), "shm", True),
+        (FetchDone(1, 0, 0.0, 0.1, "", told=True), "", True),
+        (FetchDone(1, 0, 0.0, 0.1, "", told=False), "", False),
+        (FetchFailed(1, "stale", "reused"), "recompute", False),
+    ],
+    ids=["copied", "nothing to copy", "nothing to copy, owner out of reach", "failed"],
+)
+def test_a_generation_leg_goes_on_after_its_fetch_whatever_came_of_it(parts, outcome, transport, fetched):
     engine, link, transceiver, _ = parts
     leg = submit(request_type="generation_only", output_token_ids=[9], ticket=b"ticket")
     run(engine, link, leg)
@@ -186,7 +195,8 @@ def test_a_generation_leg_goes_on_after_its_fetch_whatever_came_of_it(parts, out
     transceiver.happened.append(outcome)
     run(engine, link)
     assert [event.token_ids for event in link.events] == [[6], [7]]
-    assert link.events[0].times.transport == ("shm" if isinstance(outcome, FetchDone) else "recompute")
+    times = link.events[0].times
+    assert (times.transport, times.fetched) == (transport, fetched)
 
 
 def test_an_abort_reaches_the_copy_and_blocks_wait_for_it(parts):
@@ -357,12 +367,12 @@ def test_a_leg_that_follows_fetches_ahead_and_then_goes_on_as_usual(parts):
     assert 0 < engine.step() < 0.1, "deadlines must be looked after"
     note = msgspec.msgpack.encode(TokenEvent(request_id="theirs", token_ids=[9], num_cached_tokens=4))
     transceiver.happened += [
-        FetchDone(1, 100, 0.1, 0.2, "shm"),
+        FetchDone(1, 100, 0.1, 0.2, "shm", told=True),
         PrefillHanded(1, content, b"whole", note),
     ]
     run(engine, link)
     assert transceiver.fetches[1][:2] == (b"whole", [8, 9, 10])
-    transceiver.happened.append(FetchDone(2, 100, 0.1, 0.2, "shm"))
+    transceiver.happened.append(FetchDone(2, 100, 0.1, 0.2, "shm", told=True))
     run(engine, link)
     first, second = link.events
     assert first.handed_over and first.token_ids == [9] and first.num_cached_tokens == 4
