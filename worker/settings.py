@@ -11,6 +11,10 @@ from diptych.worker.kv_backend import choose_transports
 from diptych.worker.parallel import ONE_RANK, ParallelDims
 from diptych.worker.plan import CapacityPolicy
 
+# A reader renews the lease of what it copies. After so long without news the owner has given the blocks away: unless
+# the user says so, nobody waits longer for them.
+_LEASE_S = 30.0
+
 
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     model_path: str
@@ -37,8 +41,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens_in_flight: int | None = None  # of KV fetches
     transceiver_host: str = "127.0.0.1"
     secret: str | None = None  # of the cluster; the KV channel proves it
-    kv_transfer_timeout_s: float = 60.0
-    lease_s: float = 30.0
+    kv_transfer_timeout_s: float = _LEASE_S
+    lease_s: float = _LEASE_S
     iteration_stats: bool = False
     log_level: str = "info"
 
@@ -75,7 +79,7 @@ def engine_settings(
         max_tokens_in_flight=transfer.max_tokens_in_buffer,
         transceiver_host=config.host,
         secret=secret,
-        kv_transfer_timeout_s=60.0 if timeout_ms is None else timeout_ms / 1000,
+        kv_transfer_timeout_s=_LEASE_S if timeout_ms is None else timeout_ms / 1000,
         iteration_stats=config.enable_iter_perf_stats,
         log_level=config.log_level,
     )
