@@ -10,6 +10,7 @@ from diptych.router.fields import Fields, needle
 
 MAX_HEAD_BYTES = 64 * 1024
 _MAX_SIZE_LINE = 1024
+_HEX_DIGITS = b"0123456789abcdefABCDEF"
 _CONNECTION = needle("Connection")
 _CONTENT_LENGTH = needle("Content-Length")
 _TRANSFER_ENCODING = needle("Transfer-Encoding")
@@ -191,10 +192,7 @@ class ChunkedBody:
 
 
 def _chunk_size(line: bytes) -> int:
-    try:
-        size = int(line.partition(b";")[0], 16)
-    except ValueError:
-        size = -1
-    if size < 0:
+    digits = line.partition(b";")[0].rstrip(b" \t")
+    if not digits or digits.strip(_HEX_DIGITS):  # `int` takes signs, underscores and 0x, too
         raise MalformedResponse(f"a chunk's size line is {line[:32]!r}")
-    return size
+    return int(digits, 16)

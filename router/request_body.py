@@ -38,7 +38,7 @@ class RequestBody:
             self.is_complete = self._chunked.done
         self._parts.append(part)
         self._num_bytes += len(part)
-        self._check(max(self._num_bytes, self._num_unframed - _MAX_UNFRAMED))
+        self._check(self._num_bytes + max(0, self._num_unframed - _MAX_UNFRAMED))
         return rest
 
     def whole(self) -> bytes:

@@ -52,7 +52,17 @@ def test_large_chunk_in_small_reads():
     assert [part for part in parts if part] == [chunk]
 
 
-@pytest.mark.parametrize("data", [b"zz\r\n", b"-5\r\nabc", b"\r\n", b"2\r\nabcd\r\n", b"1" * 2000])
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(
+            size + b"\r\nabcdefghijklmnop\r\n"
+            for size in (b"zz", b"-5", b"-0", b"+10", b"0x10", b"1_0", b" 10", b"")
+        ),
+        b"2\r\nabcd\r\n",
+        b"1" * 2000,
+    ],
+)
 def test_malformed_chunks_are_refused(data):
     with pytest.raises(MalformedResponse):
         ChunkedBody().feed(data)
