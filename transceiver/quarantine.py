@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 from diptych.transceiver.transport import Transfer
@@ -16,15 +17,17 @@ class Quarantine:
 
     def __init__(self, ended: Callable[[tuple[int, ...]], None]) -> None:
         self._ended = ended
+        self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
 
     def hold(self, blocks: tuple[int, ...], lingering: Sequence[Transfer], patience_s: float) -> None:
-        """Rare, and each wait is long: a thread for each."""
+        """`patience_s`: for all of them together. Rare, and each wait is long: a thread for each."""
         thread = threading.Thread(
             target=self._settle, args=(blocks, lingering, patience_s), name="kv-quarantine", daemon=True
         )
-        self._threads = [known for known in self._threads if known.is_alive()] + [thread]
-        thread.start()
+        with self._lock:
+            self._threads = [known for known in self._threads if known.is_alive()] + [thread]
+            thread.start()
 
     def close(self) -> None:
         """After the transports: their end ends every wait."""
@@ -35,7 +38,8 @@ class Quarantine:
         log.warning(
             "%d KV blocks are set aside until a copy that was given up has let go of them", len(blocks)
         )
+        until = time.monotonic() + patience_s
         for transfer in lingering:
-            transfer.settle(patience_s)
+            transfer.settle(max(0.0, until - time.monotonic()))
         log.info("%d KV blocks that were set aside are free again", len(blocks))
         self._ended(blocks)
