@@ -88,8 +88,7 @@ class LiveSequences:
 
     def expire(self, now: float) -> None:
         for sequence in (*self.waiting.values(), *self.fetching.values(), *self.running.values()):
-            deadline = sequence.deadline
-            if deadline is not None and now >= deadline and sequence.status is not Status.DRAINING:
+            if sequence.deadline is not None and now >= sequence.deadline:
                 seconds = sequence.request.timeout_s
                 self.end(
                     sequence, "timeout", error=f"no answer within the request's {seconds:g} s", status=504

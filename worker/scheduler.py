@@ -182,6 +182,8 @@ class Scheduler:
 
     def _admit(self, chunks: list[Chunk], budget: int, now: float) -> list[Fetch]:
         fetches: list[Fetch] = []
+        if not self._live.waiting:
+            return fetches  # to ask all the others what they may need takes a while
         promised = self._live.promised()
         for sequence in list(self._live.waiting.values()):
             if len(self._live.running) + len(self._live.fetching) >= self.limits.max_batch_size:
