@@ -9,7 +9,7 @@ Prefill is also given as a fraction of the rate of one large bfloat16 product. C
 machines of one kind differ by a few percent.
 
 Figures are medians; `spread` is the 10th and 90th percentile. Graphs are replayed one after the other, as a worker
-does: a sample is the mean of eight.
+does: a sample is the mean of eight. A mixed step, decodes and a prompt, is timed from its launch to its tokens.
 """
 
 import argparse

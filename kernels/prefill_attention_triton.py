@@ -18,6 +18,8 @@ from diptych.kernels.attention_tile_triton import LOG2E, places_of, take_tile
 _ROWS = 64
 _TILE = 64
 
+Int32s = npt.NDArray[np.int32]
+
 
 @triton.jit(do_not_specialize=["table_stride"])
 def _attend(
@@ -77,28 +79,35 @@ def _attend(
     tl.store(out + line[:, None] * DIM + dims[None, :], total, mask=here[:, None])
 
 
+def num_runs(count: int) -> int:
+    """Of so many rows of one sequence."""
+    return -(-count // _ROWS)
+
+
+def runs_of(query_starts: Int32s, first_positions: Int32s) -> Int32s:
+    """`[N, 3]` runs (`PrefillPlan`) of rows `query_starts[s]` to `query_starts[s + 1]`, consecutive positions of
+    one sequence from `first_positions[s]` on.
+    """
+    runs = [
+        (row, min(_ROWS, stop - row), position + row - start)
+        for start, stop, position in zip(
+            query_starts[:-1].tolist(), query_starts[1:].tolist(), first_positions.tolist(), strict=True
+        )
+        for row in range(start, stop, _ROWS)
+    ]
+    # The last ones see most: they start first.
+    runs.sort(key=lambda run: -run[2])
+    return np.array(runs, np.int32).reshape(-1, 3)
+
+
 @dataclass(frozen=True, slots=True)
 class PrefillPlan:
-    runs: Tensor  # [N, 3] int32: first row, number of rows (at most _ROWS), position of the first row
+    # [N, 3] int32: first row, number of rows (at most _ROWS; 0 at row 0: nothing to do), position of the first row
+    runs: Tensor
 
     @classmethod
-    def of(
-        cls,
-        query_starts: npt.NDArray[np.int32],  # [S + 1]
-        first_positions: npt.NDArray[np.int32],  # [S]
-        device: torch.device,
-    ) -> "PrefillPlan":
-        """Rows `query_starts[s]` to `query_starts[s + 1]` are consecutive positions of one sequence."""
-        runs = [
-            (row, min(_ROWS, stop - row), position + row - start)
-            for start, stop, position in zip(
-                query_starts[:-1].tolist(), query_starts[1:].tolist(), first_positions.tolist(), strict=True
-            )
-            for row in range(start, stop, _ROWS)
-        ]
-        # The last ones see most: they start first.
-        runs.sort(key=lambda run: -run[2])
-        return cls(torch.tensor(runs, dtype=torch.int32).to(device, non_blocking=True))
+    def of(cls, query_starts: Int32s, first_positions: Int32s, device: torch.device) -> "PrefillPlan":
+        return cls(torch.from_numpy(runs_of(query_starts, first_positions)).to(device, non_blocking=True))
 
 
 def prefill_attention(

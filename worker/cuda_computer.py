@@ -1,4 +1,4 @@
-"""A model on one GPU: fused kernels, CUDA graphs for decode steps, memory measured by the largest step it may meet."""
+"""A model on one GPU: fused kernels, CUDA graphs of small steps, memory measured by the largest step it may meet."""
 
 import logging
 import time
@@ -15,6 +15,7 @@ from diptych.worker.computer import Progress
 from diptych.worker.cuda_runner import CudaRunner
 from diptych.worker.device_state import DeviceState
 from diptych.worker.graphs import DecodeGraphs, graph_sizes
+from diptych.worker.mixed_graphs import MAX_DRAWING, MixedGraphs, mixed_sizes
 from diptych.worker.models.config import ModelConfig
 from diptych.worker.models.cuda_network import CudaNetwork, Rows
 from diptych.worker.models.weights import DTYPES
@@ -81,15 +82,19 @@ class CudaComputer:
 
     @torch.inference_mode()
     def reserved_bytes(self) -> int:
-        """Runs the largest prefill and the largest decode step over a scratch block."""
-        rows = self._settings.max_num_tokens
-        prefill = self._peak_bytes(rows, min(rows, self._settings.max_batch_size))
-        decode = self._peak_bytes(self._graph_rows, self._graph_rows)
-        logits = self._settings.max_batch_size * self._config.vocab_size * 4
-        reserved = prefill + decode + _LOGITS_COPIES * logits + _SPARE_BYTES
+        """Runs the largest prefill and the largest steps of graphs, which share memory, over a scratch block."""
+        rows, sequences = self._settings.max_num_tokens, self._settings.max_batch_size
+        prefill = self._peak_bytes(rows, min(rows, sequences))
+        mixed_rows = mixed_sizes(rows)[-1]
+        graphs = max(
+            self._peak_bytes(self._graph_rows, self._graph_rows),
+            self._peak_bytes(mixed_rows, min(mixed_rows, sequences, MAX_DRAWING)),
+        )
+        logits = sequences * self._config.vocab_size * 4
+        reserved = prefill + graphs + _LOGITS_COPIES * logits + _SPARE_BYTES
         log.info(
-            "largest step: %d tokens take %.2f GiB, %d sequences %.2f GiB; kept free: %.2f GiB",
-            rows, prefill / 2**30, self._graph_rows, decode / 2**30, reserved / 2**30,
+            "largest step: %d tokens take %.2f GiB, graphs of %d sequences or %d tokens %.2f GiB; kept free: %.2f GiB",
+            rows, prefill / 2**30, self._graph_rows, mixed_rows, graphs / 2**30, reserved / 2**30,
         )  # fmt: skip
         torch.cuda.empty_cache()
         return reserved
@@ -100,17 +105,19 @@ class CudaComputer:
         max_blocks = -(-max_seq_len // settings.tokens_per_block)
         state = DeviceState(settings.max_batch_size, max_blocks, self._device)
         graphs = DecodeGraphs(self._network, state, pool, graph_sizes(self._graph_rows))
+        mixed = MixedGraphs(self._network, state, pool, mixed_sizes(settings.max_num_tokens))
         started = time.monotonic()
-        graphs.capture(lambda fraction: progress("capturing decode graphs", fraction))
+        memory = graphs.capture(lambda fraction: progress("capturing graphs of decodes", fraction))
+        mixed.capture(lambda fraction: progress("capturing graphs with prompts", fraction), memory)
         log.info(
-            "captured graphs of %d batch sizes up to %d in %.1f s",
-            len(graphs.sizes), self._graph_rows, time.monotonic() - started,
+            "captured graphs of %d batch sizes up to %d, and of %d numbers of rows up to %d with prompts, in %.1f s",
+            len(graphs.sizes), graphs.sizes[-1], len(mixed.sizes), mixed.sizes[-1], time.monotonic() - started,
         )  # fmt: skip
         sampler = Sampler(frozenset(self._config.eos_token_ids))
-        runner = CudaRunner(self._network, pool, state, self._prefill, graphs, sampler)
         progress(f"preparing attention ({self._prefill.name}; the first time takes minutes)", 0.0)
-        _warm_up(runner, settings, max_seq_len)
-        return runner
+        plain = CudaRunner(self._network, pool, state, self._prefill, None, sampler)
+        _warm_up(plain, settings, max_seq_len)
+        return CudaRunner(self._network, pool, state, self._prefill, graphs, sampler, mixed)
 
     def _attention_shape(self) -> AttentionShape:
         config = self._config
@@ -135,7 +142,6 @@ class CudaComputer:
         zeros = torch.zeros(num_rows, dtype=torch.int32, device=device)
         rows = Rows(
             token_ids=zeros,
-            positions=zeros,
             attend=lambda parts, inputs, cache: cache.new_zeros(num_rows, config.num_heads, config.head_dim),
             logits_rows=torch.zeros(num_logits, dtype=torch.int64, device=device),
         )
@@ -148,7 +154,10 @@ class CudaComputer:
 
 
 def _warm_up(runner: CudaRunner, settings: EngineSettings, max_seq_len: int) -> None:
-    """Prompts, short and long, beside numbers of decodes with a plan each: compiles what the graphs have not."""
+    """Prompts, short and long, beside numbers of decodes with a plan each: compiles what the graphs have not.
+
+    `runner` has no graphs: prompts of any length may come beside one that is too long for them.
+    """
     counts = [2**power for power in range(_WARM_UP_DECODES.bit_length())]
     steps = [
         [*[1] * count, length]

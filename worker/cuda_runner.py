@@ -1,30 +1,31 @@
 """Steps on a GPU: launches a plan and gives back its tokens later, so that the next plan can be launched in between.
 
-A step of single rows that all draw is one replay of a graph (graphs.py). Any other, prompts among decodes
-included, is launched kernel by kernel. Tokens stay on the device from step to step; the host learns them by a copy
-of a few bytes. Rows that need more than a graph's sampling (penalties, biases, log probabilities) go through
-sampler.py, and a plan with such rows must not be launched before the last step's tokens are known: `needs_tokens`.
+A step of single rows that all draw is one replay of a graph (graphs.py), and so are most steps of few rows with
+prompts in them (mixed_graphs.py); any other is launched kernel by kernel. Tokens stay on the device from step to step;
+the host learns them by a copy of a few bytes. Rows that need more than a graph's sampling (penalties, biases, log
+probabilities) go through sampler.py, and a plan with such rows must not be launched before the last step's tokens are
+known: `needs_tokens`.
 """
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from diptych.kernels.batch_state_triton import advance_rows, fill_tokens
 from diptych.kernels.rope_triton import HeadInputs, rope_append
+from diptych.worker.captured import StepOutput
 from diptych.worker.decode import Decode, Draw
 from diptych.worker.device_state import DeviceState, Int32s, Staging
 from diptych.worker.graphs import DecodeGraphs
+from diptych.worker.mixed_graphs import MixedGraphs
 from diptych.worker.models.cuda_network import CudaNetwork, Rows
 from diptych.worker.plan import Chunk, Drawn, StepPlan
 from diptych.worker.prefill import Prefill
 from diptych.worker.runner import tell_prompt
 from diptych.worker.sampler import Row, Sampler
 from diptych.worker.slots import SlotMap, host_draws
-
-_UNREAD = -1  # a token that only the device knows
+from diptych.worker.step_arrays import StepArrays, num_single
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +53,14 @@ class CudaRunner:
         prefill: Prefill,
         graphs: DecodeGraphs | None,
         sampler: Sampler,
+        mixed: MixedGraphs | None = None,
     ) -> None:
         self._network = network
         self._pool = pool
         self._state = state
         self._prefill = prefill
         self._graphs = graphs
+        self._mixed = mixed
         self._sampler = sampler
         self._slots = SlotMap(state)
         self._staging = Staging(state.device)
@@ -74,23 +77,12 @@ class CudaRunner:
     def launch(self, plan: StepPlan) -> Launched:
         chunks = plan.chunks
         slots = self._slots.place(chunks)
-        graphs = self._graphs
-        all_draw = all(chunk.count == 1 and chunk.draws for chunk in chunks)
-        size = graphs.padded(len(chunks)) if graphs is not None and all_draw else None
         drawing = [chunk for chunk in chunks if chunk.draws]
         sampled = any(chunk.sequence.request.params.temperature > 0 for chunk in drawing)
-        if graphs is not None and size is not None:
-            self._slots.set_rows(slots, size)
-            self._state.upload(*self._slots.take_changes())
-            output = self._replay(graphs, size, len(chunks), sampled=sampled)
-        else:
-            self._state.upload(*self._slots.take_changes())
-            found = self._compute(chunks, slots, sampled=sampled)
-            if found is None:
-                return Launched(None, self._event(), {})
-            output = found
-        by_host = self._draw_on_host(drawing, output)
-        return self._send(output.drawn, by_host)
+        output = self._run(chunks, slots, len(drawing), sampled=sampled)
+        if output is None:
+            return Launched(None, self._event(), {})
+        return self._send(output.drawn, self._draw_on_host(drawing, output))
 
     def collect(self, launched: Launched) -> list[Drawn | str]:
         """Waits for the step; for each chunk that draws, its token, or why there is none."""
@@ -106,16 +98,34 @@ class CudaRunner:
             found[index] = drawn
         return found
 
-    def _replay(self, graphs: DecodeGraphs, size: int, count: int, *, sampled: bool) -> _Output:
-        output = graphs.replay(size, sampled=sampled)
-        return _Output(output.logits[:count], output.drawn[:count], self._state.rows[:count])
+    def _run(self, chunks: list[Chunk], slots: Int32s, num_drawing: int, *, sampled: bool) -> _Output | None:
+        """By the first way that takes the chunks. None: nothing draws."""
+        graphs, mixed = self._graphs, self._mixed
+        if graphs is not None and all(chunk.count == 1 and chunk.draws for chunk in chunks):
+            size = graphs.padded(len(chunks))
+            if size is not None:
+                self._slots.set_rows(slots, size)
+                self._state.upload(*self._slots.take_changes())
+                return _first(num_drawing, graphs.replay(size, sampled=sampled), self._state.rows)
+        self._state.upload(*self._slots.take_changes())
+        step = StepArrays.of(chunks, slots)
+        if mixed is not None:
+            size = mixed.padded(chunks)
+            if size is not None:
+                draw_slots = mixed.load(size, chunks, step)
+                return _first(num_drawing, mixed.replay(size, sampled=sampled), draw_slots)
+        return self._compute(chunks, step, num_drawing, sampled=sampled)
 
-    def _compute(self, chunks: list[Chunk], chunk_slots: Int32s, *, sampled: bool) -> _Output | None:
+    def _compute(
+        self, chunks: list[Chunk], arrays: StepArrays, num_drawing: int, *, sampled: bool
+    ) -> _Output | None:
         """Kernel by kernel. Rows are in the order of the chunks, single ones first, as the scheduler plans them."""
-        token_ids, positions, slots, logits_rows = self._staging.send(*_step_arrays(chunks, chunk_slots))
+        token_ids, positions, slots, logits_rows = self._staging.send(
+            arrays.token_ids, arrays.positions, arrays.slots, arrays.logits_rows
+        )
         step = _StepTensors(token_ids, positions, slots, logits_rows.long())
         fill_tokens(step.token_ids, step.slots, self._state.field("tokens"))
-        single = next((index for index, chunk in enumerate(chunks) if chunk.count > 1), len(chunks))
+        single = num_single(chunks)
         rest = chunks[single:]
         wants_own = bool(rest) and self._prefill.plan(rest, step.slots[single:], self._state.tables)
 
@@ -150,9 +160,8 @@ class CudaRunner:
                 self._prefill.run(query, cache if own is None else own, out[single:])
             return out
 
-        rows = Rows(step.token_ids, step.positions, attend, step.logits_rows)
+        rows = Rows(step.token_ids, attend, step.logits_rows)
         logits = self._network.forward(rows, self._pool)
-        num_drawing = sum(chunk.draws for chunk in chunks)
         _tell(chunks, logits[num_drawing:])
         if num_drawing == 0:
             return None
@@ -194,30 +203,15 @@ class CudaRunner:
 
 @dataclass(frozen=True, slots=True)
 class _StepTensors:
-    token_ids: Tensor  # [T] int32; _UNREAD: the token is in the state
+    token_ids: Tensor  # [T] int32; negative: the token is in the state
     positions: Tensor  # [T] int32
     slots: Tensor  # [T] int32
     logits_rows: Tensor  # [R] int64
 
 
-def _step_arrays(chunks: list[Chunk], slots: Int32s) -> tuple[Int32s, Int32s, Int32s, Int32s]:
-    """The rows' token ids, positions and slots; the rows that draw, then those that tell of a prompt."""
-    counts = np.array([chunk.count for chunk in chunks], np.int32)
-    ends = np.cumsum(counts, dtype=np.int32)
-    token_ids, positions = np.empty((2, int(ends[-1])), np.int32)
-    for chunk, end in zip(chunks, ends.tolist(), strict=True):
-        row, stop = end - chunk.count, chunk.start + chunk.count
-        known = chunk.sequence.tokens[chunk.start : stop]
-        token_ids[end - 1] = _UNREAD
-        token_ids[row : row + len(known)] = known
-        positions[row:end] = np.arange(chunk.start, stop)
-    drawing = ends[[chunk.draws for chunk in chunks]] - 1
-    telling = [
-        np.arange(end - chunk.count, end - chunk.count + chunk.num_telling, dtype=np.int32)
-        for chunk, end in zip(chunks, ends.tolist(), strict=True)
-        if chunk.num_telling
-    ]
-    return token_ids, positions, np.repeat(slots, counts), np.concatenate([drawing, *telling])
+def _first(count: int, output: StepOutput, slots: Tensor) -> _Output | None:
+    """What the rows that draw left, of `slots`, which come before the padding. None: there are none."""
+    return _Output(output.logits[:count], output.drawn[:count], slots[:count]) if count else None
 
 
 def _tell(chunks: list[Chunk], logits: Tensor) -> None:

@@ -5,6 +5,8 @@ pairs over the arena: one small copy and one scatter, however many arrays are co
 changes: tokens and positions advance on the device.
 """
 
+from itertools import accumulate
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -77,18 +79,40 @@ class Staging:
 
     def send(self, *arrays: Int32s) -> list[Tensor]:
         """The arrays on the device, each aligned for wide loads; queued on the current stream as one copy."""
-        starts = np.cumsum([0, *(-(-len(array) // _ALIGN) * _ALIGN for array in arrays)]).tolist()
+        counts = [len(array) for array in arrays]
+        return pieces(self._fill(counts, arrays).to(self._device, non_blocking=True), counts)
+
+    def send_into(self, target: Tensor, *arrays: Int32s) -> None:
+        """The same into the `pieces` of `target`, which has the room for just these."""
+        target.copy_(self._fill([len(array) for array in arrays], arrays), non_blocking=True)
+
+    def _fill(self, counts: list[int], arrays: tuple[Int32s, ...]) -> Tensor:
+        size = room(counts)
         self._hosts.reverse()
-        if starts[-1] > len(self._hosts[0]):
-            self._hosts[0] = self._allocate(2 * starts[-1])
-        host = self._hosts[0][: starts[-1]]
-        for start, array in zip(starts, arrays, strict=False):
-            host.numpy()[start : start + len(array)] = array
-        sent = host.to(self._device, non_blocking=True)
-        return [sent[start : start + len(array)] for start, array in zip(starts, arrays, strict=False)]
+        if size > len(self._hosts[0]):
+            self._hosts[0] = self._allocate(2 * size)
+        host = self._hosts[0][:size]
+        for piece, array in zip(pieces(host, counts), arrays, strict=True):
+            piece.numpy()[:] = array
+        return host
 
     def _allocate(self, count: int) -> Tensor:
         return torch.empty(count, dtype=torch.int32, pin_memory=self._device.type == "cuda")
+
+
+def room(counts: list[int]) -> int:
+    """Of how many numbers `pieces` makes arrays."""
+    return sum(_aligned(count) for count in counts)
+
+
+def pieces(numbers: Tensor, counts: list[int]) -> list[Tensor]:
+    """Arrays of so many numbers one after the other, each aligned for wide loads."""
+    starts = accumulate((_aligned(count) for count in counts), initial=0)
+    return [numbers[start : start + count] for start, count in zip(starts, counts, strict=False)]
+
+
+def _aligned(count: int) -> int:
+    return -(-count // _ALIGN) * _ALIGN
 
 
 def float_bits(value: float) -> int:

@@ -1,6 +1,6 @@
 """The Llama family on a GPU: the layers as a chain of few, fused kernels.
 
-Knows nothing of batches or graphs: it computes rows whose tokens, positions and blocks are on the device, and leaves
+Knows nothing of batches or graphs: it computes rows whose tokens and blocks are on the device, and leaves
 attention to what the step brings. The residual stream is float32, as in llama.py.
 """
 
@@ -42,7 +42,6 @@ class Rows:
     """T rows of a step; integers are int32."""
 
     token_ids: Tensor  # [T]
-    positions: Tensor  # [T]; negative: padding
     attend: Attend
     logits_rows: Tensor | None = None  # [R] int64; None: all
 
