@@ -30,20 +30,27 @@ import torch
 from gpu.engine_loop import decode_step_ms, prefill_tokens_per_s
 
 from diptych.kernels.flashinfer_attention import AttentionShape
+from diptych.wire import SamplingParams, Submit
 from diptych.worker.cuda_runner import CudaRunner
 from diptych.worker.device_state import DeviceState
 from diptych.worker.graphs import DecodeGraphs
+from diptych.worker.mixed_graphs import MAX_ROWS, MixedGraphs, mixed_sizes
 from diptych.worker.models.config import ModelConfig, RopeConfig
 from diptych.worker.models.cuda_network import CudaNetwork
 from diptych.worker.models.quantization import Quantization
 from diptych.worker.models.weights import DTYPES, dummy_weights
+from diptych.worker.plan import Chunk, StepPlan
 from diptych.worker.prefill import TritonPrefill, choose_prefill
 from diptych.worker.sampler import Sampler
+from diptych.worker.sequence import Sequence
 
 BLOCK = 32
 _RUNS = 8
 _STEPS = 64
 _GROWTH = 10 + _STEPS // 2  # of contexts from the first steps, which do not count, to the middle one
+MIXED = ((0, 64), (16, 64), (64, 128), (64, 448))  # decodes, and tokens of one prompt beside them
+_MIXED_CONTEXT = 1088  # of the decodes
+_MIXED_SLOTS = 256  # sequences that the engine may run: so many rows may draw
 
 
 @dataclass(frozen=True)
@@ -208,6 +215,43 @@ def measure_graph(machine: Machine, name: str, rows: int, context: int, results:
     )  # fmt: skip
 
 
+def measure_mixed(machine: Machine, name: str, rows: int, tokens: int, results: Results) -> None:
+    state = DeviceState(_MIXED_SLOTS, machine.blocks_per_row, machine.device)
+    size = next(size for size in mixed_sizes(MAX_ROWS) if size >= rows + tokens)
+    mixed = MixedGraphs(machine.network, state, machine.pool, [size])
+    started = time.perf_counter()
+    mixed.capture(lambda fraction: None)
+    captured_s = time.perf_counter() - started
+    blocks = iter(torch.randperm(machine.num_blocks).tolist())
+
+    def chunk(index: int, start: int, count: int) -> Chunk:
+        length = start + count
+        params = SamplingParams(max_tokens=1, temperature=0.0)
+        prompt = torch.randint(0, 40000, (length,)).tolist()
+        sequence = Sequence(Submit(request_id=str(index), prompt_token_ids=prompt, params=params), 0.0)
+        sequence.blocks = [next(blocks) for _ in range(-(-length // BLOCK))]
+        return Chunk(sequence, start, count, draws=True)
+
+    plan = StepPlan([*(chunk(row, _MIXED_CONTEXT - 1, 1) for row in range(rows)), chunk(rows, 0, tokens)])
+    times: dict[str, float] = {}
+    for kind, graphs in (("ms", mixed), ("without_graph_ms", None)):
+        runner = CudaRunner(
+            machine.network, machine.pool, state, machine.prefill, None, Sampler(frozenset()), graphs
+        )
+        samples = []
+        for _ in range(24):
+            started = time.perf_counter()
+            runner.collect(runner.launch(plan))
+            samples.append((time.perf_counter() - started) * 1e3)
+        times[kind], times[kind + "_p90"] = statistics.median(samples[4:]), sorted(samples[4:])[18]
+        if graphs is not None:
+            times["graph_ms"], _ = percentiles(event_times_ms(lambda: mixed.replay(size, sampled=False), 16))
+    results.add(
+        what="mixed", shape=name, decodes=rows, context=_MIXED_CONTEXT, prompt=tokens, padded=size,
+        capture_s=captured_s, **times,
+    )  # fmt: skip
+
+
 def measure_prefill(
     machine: Machine, name: str, results: Results, rows: int = 32, length: int = 2048
 ) -> None:
@@ -254,6 +298,8 @@ def main() -> None:
             label = name + " fp8" * (quant == "fp8") + " fp8-kv" * (kv == "fp8")
             for rows, context in machine.shape.decodes:
                 measure_graph(machine, label, rows, context, results)
+            for rows, tokens in MIXED:
+                measure_mixed(machine, label, rows, tokens, results)
             measure_prefill(machine, label, results)
             del machine
             torch.cuda.empty_cache()

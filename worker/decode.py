@@ -33,8 +33,12 @@ class Decode:
         positions: Tensor,
         slots: Tensor,
         out: Tensor,
+        expected: int | None = None,
     ) -> None:
-        """As `decode_attention`, for rows `positions` and `slots` [T] of the state."""
+        """As `decode_attention`, for rows `positions` and `slots` [T] of the state.
+
+        `expected`: how many of the rows are no padding, about; None: all.
+        """
         config = self._config
         decode_attention(
             parts,
@@ -46,7 +50,10 @@ class Decode:
             scale=config.head_dim**-0.5,
             window=config.sliding_window,
             plan=DecodePlan.choose(
-                len(positions), inputs.layout.num_kv_heads, self._num_sms, config.max_position_embeddings
+                expected or len(positions),
+                inputs.layout.num_kv_heads,
+                self._num_sms,
+                config.max_position_embeddings,
             ),
             arrivals=self._arrivals,
             out=out,

@@ -62,11 +62,11 @@ class _Inputs:
             none.fill_(-1)
         return found
 
-    def takes(self, num_rows: int, num_drawing: int, num_single: int, num_runs: int) -> bool:
+    def takes(self, rows: int, drawing: int, single: int, runs: int) -> bool:
         return (
-            num_rows <= len(self.token_ids)
-            and max(num_drawing, num_single) <= len(self.logits_rows)
-            and 3 * num_runs <= len(self.runs)
+            rows <= len(self.token_ids)
+            and max(drawing, single) <= len(self.logits_rows)
+            and 3 * runs <= len(self.runs)
         )
 
     def arrays(self, single: int, step: StepArrays, runs: Int32s) -> list[Int32s]:
@@ -141,7 +141,8 @@ class MixedGraphs(CapturedSteps):
         layout, config = heads.layout, network.config
         shape = len(inputs.token_ids), layout.num_heads, layout.head_dim
         out = cache.new_empty(shape, dtype=network.dtype)
-        first = slice(len(inputs.single_positions))
+        most = len(inputs.single_positions)
+        first = slice(most)
         # Zeros for rows that are not single, so it comes before what attends for them.
         self._decode.run(
             parts[:, first],
@@ -150,6 +151,7 @@ class MixedGraphs(CapturedSteps):
             positions=inputs.single_positions,
             slots=inputs.slots[first],
             out=out[first],
+            expected=most // 2,  # there are prompts beside them
         )
         query = rope_append(
             parts,

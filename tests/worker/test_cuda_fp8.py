@@ -64,8 +64,9 @@ CASES = {
 @pytest.mark.parametrize(
     "fields", [{"qk_norm": True}, {"family": "llama", "o_bias": True, "num_kv_heads": 4, "head_dim": 32}]
 )
-@pytest.mark.parametrize("flashinfer", [False, True])
-def test_tokens_are_likely_in_float32(case, fields, flashinfer):
+@pytest.mark.parametrize("prompts", ["mixed", "plain", "flashinfer"])
+def test_tokens_are_likely_in_float32(case, fields, prompts):
+    flashinfer = prompts == "flashinfer"
     if flashinfer and not (ON_GPU and is_installed() and "head_dim" not in fields):
         pytest.skip("flashinfer is not installed")
     if ON_GPU and torch.cuda.get_device_capability(DEVICE) < (8, 9):
@@ -75,6 +76,8 @@ def test_tokens_are_likely_in_float32(case, fields, flashinfer):
     kept, plain = quantized(weights_of(config))
     if quantization.weights == "plain":
         kept = plain = weights_of(config)
-    found = distance(config, kept, plain, max_num_tokens=max_num_tokens, flashinfer=flashinfer)
+    found = distance(
+        config, kept, plain, max_num_tokens=max_num_tokens, mixed=prompts == "mixed", flashinfer=flashinfer
+    )
     assert found[0] <= largest, found
     assert found[1] <= average, found

@@ -37,6 +37,7 @@ EOS = frozenset({2})
 # The interpreter takes a second for what a GPU does in a microsecond.
 LENGTHS = (100, 3, 33, 1, 64, 20, 9) if ON_GPU else (20, 3, 17)
 NUM_LAYERS, NUM_TOKENS = (3, 40) if ON_GPU else (1, 5)
+MIXED_SIZES = [16, 64, 128] if ON_GPU else [16, 32]
 
 
 def config_of(dtype, **fields):
@@ -87,9 +88,19 @@ def reference_logits(config, weights, request, outputs):
     return model.forward(batch).clone()
 
 
-def cuda_runner(config, weights, *, graphs=ON_GPU, flashinfer=False, sampler=None):
+def capture(graphs):
+    """On a CPU a replay is the step itself: it reads and writes what a graph does."""
+    if ON_GPU:
+        graphs.capture(lambda fraction: None)
+    else:
+        graphs.replay = graphs._step
+    return graphs
+
+
+def cuda_runner(config, weights, *, graphs=ON_GPU, mixed=False, flashinfer=False, sampler=None):
     from diptych.worker.cuda_runner import CudaRunner
     from diptych.worker.graphs import DecodeGraphs
+    from diptych.worker.mixed_graphs import MixedGraphs
     from diptych.worker.models.cuda_network import CudaNetwork
     from diptych.worker.prefill import FlashInfer, TritonPrefill
 
@@ -99,9 +110,8 @@ def cuda_runner(config, weights, *, graphs=ON_GPU, flashinfer=False, sampler=Non
     with torch.inference_mode():
         network = CudaNetwork(config, dict(weights), DEVICE, config.max_position_embeddings)
         state = DeviceState(8, 32, DEVICE)
-        captured = DecodeGraphs(network, state, pool, [1, 2, 4, 8]) if graphs else None
-        if captured is not None:
-            captured.capture(lambda fraction: None)
+        decodes = capture(DecodeGraphs(network, state, pool, [1, 2, 4, 8])) if graphs else None
+        prompts = capture(MixedGraphs(network, state, pool, MIXED_SIZES)) if mixed else None
     attention = AttentionShape(
         config.num_heads,
         config.num_kv_heads,
@@ -113,7 +123,7 @@ def cuda_runner(config, weights, *, graphs=ON_GPU, flashinfer=False, sampler=Non
         kv_dtype,
     )
     prefill = (FlashInfer if flashinfer else TritonPrefill)(attention, DEVICE)
-    return CudaRunner(network, pool, state, prefill, captured, sampler or Sampler(EOS))
+    return CudaRunner(network, pool, state, prefill, decodes, sampler or Sampler(EOS), prompts)
 
 
 def scheduler_of(max_num_tokens=48 if ON_GPU else 16):
@@ -210,7 +220,8 @@ def check_greedy(config, weights, requests=None, scheduler=None, **options):
         assert not wrong, (request.request_id, wrong)
 
 
-def test_prompts_found_in_the_cache():
+@pytest.mark.parametrize("mixed", [False, True])
+def test_prompts_found_in_the_cache(mixed):
     """What is left of such a prompt goes through other kernels: its tokens need not be the same, but as likely."""
     config = config_of("float16", qk_norm=True)
     params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
@@ -221,7 +232,7 @@ def test_prompts_found_in_the_cache():
         first, request_id="shorter", prompt_token_ids=first.prompt_token_ids[: 2 * BLOCK + 1]
     )
     scheduler = scheduler_of()
-    check_greedy(config, weights_of(config), [first, again, shorter], scheduler)
+    check_greedy(config, weights_of(config), [first, again, shorter], scheduler, mixed=mixed)
     assert scheduler.num_cached_tokens == 4 * BLOCK
 
 
@@ -232,7 +243,8 @@ def test_flashinfer_gives_the_same_tokens():
     check_greedy(config, weights_of(config), flashinfer=True)
 
 
-def test_sampled_tokens_and_what_the_host_draws():
+@pytest.mark.parametrize("mixed", [False, True])
+def test_sampled_tokens_and_what_the_host_draws(mixed):
     config = config_of("float16", eos_token_ids=tuple(EOS))
     weights = weights_of(config)
     count = NUM_TOKENS
@@ -246,7 +258,7 @@ def test_sampled_tokens_and_what_the_host_draws():
         SamplingParams(max_tokens=count, temperature=0.0, min_tokens=count, stop_token_ids=[9]),
     ]
     requests = requests_of(params)
-    found = serve(cuda_runner(config, weights), requests)
+    found = serve(cuda_runner(config, weights, mixed=mixed), requests)
     same = total = 0
     for request in requests:
         outputs = found[request.request_id]
@@ -268,7 +280,7 @@ def test_prompts_tell_their_log_probabilities():
     ]
     requests = requests_of(params)
     told = {}
-    serve(cuda_runner(config, weights), requests, told=told)
+    serve(cuda_runner(config, weights, mixed=True), requests, told=told)
     assert set(told) == {request.request_id for request in requests[::2] if len(request.prompt_token_ids) > 1}
     for request in requests:
         entries = told.get(request.request_id)
