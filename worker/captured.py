@@ -3,7 +3,6 @@
 Knows nothing of what a step does. Graphs that never run at the same time share memory.
 """
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-log = logging.getLogger(__name__)
 
 _WARM_UPS = 2
 

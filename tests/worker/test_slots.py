@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from diptych.wire import SamplingParams, Submit
-from diptych.worker.device_state import DeviceState, Staging
+from diptych.worker.device_state import DeviceState, Staging, pieces, room
 from diptych.worker.plan import Chunk
 from diptych.worker.sequence import Sequence, Status
 from diptych.worker.slots import SlotMap
@@ -122,3 +122,13 @@ def test_staged_arrays_arrive_whole_and_aligned():
         sent = staging.send(*arrays)
         assert all(torch.equal(got, torch.from_numpy(array)) for got, array in zip(sent, arrays, strict=True))
         assert all(got.data_ptr() % 16 == sent[0].data_ptr() % 16 for got in sent)
+
+
+def test_staged_arrays_go_into_the_pieces_of_memory_that_lies_still():
+    staging, counts = Staging(CPU), [3, 0, 5]
+    numbers = torch.zeros(room(counts), dtype=torch.int32)
+    for _ in range(3):
+        arrays = [np.arange(count, dtype=np.int32) + count for count in counts]
+        staging.send_into(numbers, *arrays)
+        got = pieces(numbers, counts)
+        assert all(torch.equal(one, torch.from_numpy(array)) for one, array in zip(got, arrays, strict=True))
