@@ -2,8 +2,8 @@
 
 What the host knows of a step (rows, who draws, which rows are a run of one prompt) is copied into numbers that lie
 still; everything else is as in `CudaRunner`'s steps without a graph. Prompts are attended by the Triton kernel, whose
-grid does not depend on them. Rows are single ones first, then prompts, then padding: of it nothing is read, and
-nothing written.
+grid does not depend on them. Rows are single ones first, then prompts, then padding, which is computed (maybe from
+numbers that are none) but neither writes anything nor is looked at by another row.
 """
 
 from dataclasses import dataclass
@@ -24,14 +24,17 @@ from diptych.worker.prefill import query_starts
 from diptych.worker.step_arrays import StepArrays, num_single
 
 MAX_ROWS = 512  # above, the device takes longer than the host that launches for it
-MAX_DRAWING = 256
+MAX_DRAWING = 256  # rows of logits: the largest thing in a graph
 # A program walks over a context alone, or over one of few shares of it: longer ones are faster without a graph.
 _MAX_PROMPT_CONTEXT = 2048
 _MAX_SINGLE_CONTEXT = 8192
 
 
 def mixed_sizes(max_rows: int) -> list[int]:
-    """Numbers of rows to capture, up to `max_rows` and MAX_ROWS: where weights take the time, padding costs little."""
+    """Numbers of rows to capture, up to `max_rows` and MAX_ROWS: where weights take the time, padding costs little.
+
+    64 is one of them: beyond it, products of FP8 weights round their inputs, which padding must not bring about.
+    """
     largest = min(max_rows, MAX_ROWS)
     sizes = [16, 32, 64, 96, 128, *range(192, MAX_ROWS, 64)]
     return [*(size for size in sizes if size < largest), largest]
