@@ -256,9 +256,9 @@ def measure_prefill(
     machine: Machine, name: str, results: Results, rows: int = 32, length: int = 2048
 ) -> None:
     state = DeviceState(rows, machine.blocks_per_row, machine.device)
+    runner = CudaRunner(machine.network, machine.pool, state, machine.prefill, None, Sampler(frozenset()))
     rates = []
-    for _ in range(4):
-        runner = CudaRunner(machine.network, machine.pool, state, machine.prefill, None, Sampler(frozenset()))
+    for _ in range(5):
         rates.append(prefill_tokens_per_s(runner, machine.num_blocks, BLOCK, rows, length))
     rate = statistics.median(rates[1:])
     results.add(
