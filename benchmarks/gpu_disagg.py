@@ -1,10 +1,11 @@
 """One context and one generation worker on two GPUs beside one aggregated worker on a third, as clients see them.
 
-    python benchmarks/gpu_disagg.py [--shape 8b] [--concurrency 8,16,32,64] [--output FILE.json]
+    python benchmarks/gpu_disagg.py [--shape 8b] [--gpus 3] [--concurrency 16,32,64,128] [--output FILE.json]
 
 Starts the three workers on random weights and a router, and runs serve.py against both. Two aggregated workers that
 share a load evenly do what one does with half of it: compare a row of `disaggregated` with the row of `aggregated` at
-the same concurrency (one worker, the same load) and at half of it (two workers, as many GPUs).
+the same concurrency (one worker, the same load) and at half of it (two workers, as many GPUs). Of two GPUs the
+aggregated worker shares one with the generation worker: each is idle while the other is measured.
 """
 
 import argparse
@@ -20,12 +21,20 @@ from serving.mesh import Mesh
 
 _ROLES = {"aggregated": None, "context": "CONTEXT", "generation": "GENERATION"}
 
+_KV_TOKENS = 200_000  # of each worker: two of them fit into one GPU
 
-def start(mesh: Mesh, model: Path, device: str) -> None:
-    settings = {"device": device, "load_format": "dummy", "max_batch_size": 256}
+
+def start(mesh: Mesh, model: Path, device: str, gpus: int) -> None:
+    settings = {
+        "device": device,
+        "load_format": "dummy",
+        "max_batch_size": 256,
+        "kv_cache_config": {"max_tokens": _KV_TOKENS},
+    }
 
     def worker(number: int, name: str) -> None:
-        mesh.worker(name, str(model), _ROLES[name], settings, gpu=number if device == "cuda" else None)
+        gpu = number % gpus if device == "cuda" else None
+        mesh.worker(name, str(model), _ROLES[name], settings, gpu=gpu)
 
     with ThreadPoolExecutor(len(_ROLES)) as pool:  # they load side by side
         list(pool.map(worker, range(len(_ROLES)), _ROLES))
@@ -38,6 +47,7 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="[cuda]")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="8b")
+    parser.add_argument("--gpus", type=int, choices=(2, 3), default=3, help="[3]")
     parser.add_argument("--concurrency", default="16,32,64,128")
     parser.add_argument("--input-len", default="1024")
     parser.add_argument("--output-len", default="128")
@@ -51,7 +61,7 @@ def main() -> None:
         mesh = Mesh(stack, Path(folder))
         model = write_model(Path(folder) / options.shape, options.shape)
         try:
-            start(mesh, model, options.device)
+            start(mesh, model, options.device, options.gpus)
             command = [sys.executable, str(Path(__file__).with_name("serve.py"))]
             for name in ("aggregated", "disaggregated"):
                 command += ["--target", f"{name}={mesh.urls[name]},{model.name}"]
