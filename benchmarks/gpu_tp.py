@@ -97,7 +97,7 @@ class Running:
         )
 
     async def __aenter__(self) -> "Running":
-        self.client = EngineClient(self.settings)
+        self.client = EngineClient(self.settings, hang_timeout_s=LIMIT_S)
         started = time.monotonic()
         try:
             self.ready = await asyncio.wait_for(self.client.start(_show), LIMIT_S)

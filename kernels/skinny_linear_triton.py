@@ -128,10 +128,11 @@ class SkinnyPlan:
         weight_bytes: int = 2,
         gated: bool = False,
     ) -> "SkinnyPlan":
-        """For several rows: as many stages as let two programs share a multiprocessor, if there are so many steps."""
+        """For several rows: as many stages as let two programs share a multiprocessor, few for few steps."""
         rows = max(_DOT_ROWS, triton.next_power_of_2(num_rows))
         stage_bytes = block_k * (block_n * weight_bytes * (2 if gated else 1) + rows * 2)
-        stages = max(2, min(8, inputs // splits // block_k, _SHARED_BYTES // 2 // stage_bytes))
+        steps = inputs // splits // block_k
+        stages = max(2, min(8, max(4, steps), _SHARED_BYTES // 2 // stage_bytes))
         return cls(block_n, block_k, splits, num_warps, stages, rows)
 
 

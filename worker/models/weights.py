@@ -115,16 +115,22 @@ def dummy_weights(
     device = device or torch.device("cpu")
     generator = torch.Generator(device).manual_seed(seed)
     dtype = torch_dtype(config)
+    is_fp8 = keep_fp8 and config.quantization.weights == "fp8"
     weights = {}
     for spec in weight_specs(config):
         if spec.name.endswith("norm"):
             weights[spec.name] = torch.ones(spec.shape, dtype=dtype, device=device)
         else:
             weight = torch.empty(spec.shape, dtype=dtype, device=device)
-            weight = spec.local(weight.normal_(0.0, 0.02, generator=generator), dims)
-            weights[spec.name] = weight
-            if keep_fp8 and config.quantization.weights == "fp8" and may_stay(spec.name, tuple(weight.shape)):
-                weights[spec.name], weights[scale_name(spec.name)] = quantize_rows(weight)
+            weight.normal_(0.0, 0.02, generator=generator)
+            if is_fp8 and may_stay(spec.name, spec.local_shape(dims)):
+                values, scale = quantize_rows(weight)  # before the cut, as those of a checkpoint are
+                weights[spec.name] = spec.local(values.view(torch.uint8), dims).view(values.dtype)
+                weights[scale_name(spec.name)] = spec.local(scale[:, None].expand_as(values), dims)[
+                    :, 0
+                ].contiguous()
+            else:
+                weights[spec.name] = spec.local(weight, dims)
     return weights
 
 

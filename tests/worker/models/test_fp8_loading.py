@@ -73,6 +73,14 @@ def test_dummy_weights_of_a_quantized_model(make_checkpoint):
     assert kept["lm_head"].dtype == plain["layers.0.qkv"].dtype == torch.bfloat16
     wide = kept["layers.0.qkv"].float() * kept["layers.0.qkv_scale"][:, None]
     assert relative_error([wide], [plain["layers.0.qkv"].float()]) < 0.04
+    for rank in range(2):
+        dims = ParallelDims(tp_size=2, tp_rank=rank)
+        part = dummy_weights(config, dims=dims, keep_fp8=True)
+        for spec in weight_specs(config):
+            if part[spec.name].dtype == FP8:
+                whole = kept[spec.name].float() * kept[f"{spec.name}_scale"][:, None]
+                found = part[spec.name].float() * part[f"{spec.name}_scale"][:, None]
+                assert torch.equal(found, spec.local(whole, dims)), spec.name
 
 
 def test_a_plain_checkpoint_becomes_fp8_when_it_is_loaded(make_checkpoint, monkeypatch):
