@@ -17,7 +17,7 @@ from diptych.worker.device_state import DeviceState
 from diptych.worker.graphs import DecodeGraphs, graph_sizes
 from diptych.worker.mixed_graphs import MAX_DRAWING, MixedGraphs, mixed_sizes
 from diptych.worker.models.config import ModelConfig
-from diptych.worker.models.cuda_network import CudaNetwork, Rows
+from diptych.worker.models.cuda_network import ADDED_ROWS, CudaNetwork, Rows
 from diptych.worker.models.weights import DTYPES
 from diptych.worker.plan import Chunk, StepPlan
 from diptych.worker.prefill import choose_prefill
@@ -32,7 +32,7 @@ _HEAD_DIMS = (32, 64, 128, 256)
 _SPARE_BYTES = 1 << 30  # compiled kernels, graphs, and what the allocator loses in pieces
 _WARM_UP_DECODES = 32  # from here on, decode attention has one plan
 _WARM_UP_PROMPT = 2 * MAX_ROWS  # more rows than the products of few rows take
-_FEWER_ROWS = tuple(MAX_ROWS >> shift for shift in range(3))  # each with products of its own
+_WARM_UP_ROWS = (*(MAX_ROWS >> shift for shift in range(3)), ADDED_ROWS)  # each with products of its own
 _LOGITS_COPIES = 4  # of a step's logits, for rows that the host draws
 
 
@@ -158,23 +158,28 @@ def _warm_up(runner: CudaRunner, settings: EngineSettings, max_seq_len: int) -> 
 
     `runner` has no graphs: prompts of any length may come beside one that is too long for them.
     """
-    counts = [2**power for power in range(_WARM_UP_DECODES.bit_length())]
-    steps = [
-        [*[1] * count, length]
-        for count in [count for count in counts if count < settings.max_batch_size] or [0]
-        for length in (2, _WARM_UP_PROMPT)
-    ]
-    for lengths in [*steps, *([rows] for rows in _FEWER_ROWS)]:
-        chunks = [
-            _warm_up_chunk(row, min(length, max_seq_len), settings.tokens_per_block)
-            for row, length in enumerate(lengths)
-        ]
+    size = settings.tokens_per_block
+    most = min(settings.max_num_tokens, max_seq_len - size)
+
+    def run(num_decodes: int, start: int, count: int) -> None:
+        chunks = [_warm_up_chunk(row, 0, 1, size) for row in range(num_decodes)]
+        chunks.append(_warm_up_chunk(num_decodes, start, max(1, min(count, most)), size))
         runner.collect(runner.launch(StepPlan(chunks)))
 
+    counts = [2**power for power in range(_WARM_UP_DECODES.bit_length())]
+    for num_decodes in [count for count in counts if count < settings.max_batch_size] or [0]:
+        for count in (2, _WARM_UP_PROMPT):
+            run(num_decodes, 0, count)
+    for count in _WARM_UP_ROWS:
+        run(0, 0, count)
+    if most > 0:
+        run(0, size, _WARM_UP_PROMPT)  # a prompt whose first block is in the cache
 
-def _warm_up_chunk(row: int, length: int, tokens_per_block: int) -> Chunk:
+
+def _warm_up_chunk(row: int, start: int, count: int, tokens_per_block: int) -> Chunk:
+    length = start + count
     params = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.5)
     submit = Submit(request_id=f"warm-up-{row}", prompt_token_ids=[0] * length, params=params)
     sequence = Sequence(submit, 0.0)
     sequence.blocks = [0] * -(-length // tokens_per_block)  # of the pool, which nobody uses yet
-    return Chunk(sequence, 0, length, draws=True)
+    return Chunk(sequence, start, count, draws=True)

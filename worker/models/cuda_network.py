@@ -30,7 +30,7 @@ from diptych.worker.models.config import ModelConfig
 from diptych.worker.models.fp8_weights import scale_name
 from diptych.worker.parallel import ONE_RANK, ParallelDims
 
-_ADDED_ROWS = 1024  # that are worth a product which reads and writes the residual stream
+ADDED_ROWS = 1024  # that are worth a product which reads and writes the residual stream
 
 # `[S, T, (heads + 2 kv heads) * dim]` products, what makes heads of them, and one layer's cache, which takes the rows'
 # K and V, to attended values `[T, heads, dim]`.
@@ -70,7 +70,7 @@ class PartsLinear:
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """Adds `x @ weight.T` to `residual`, or gives back what is still to be added, `[S, T, outputs]`, S maybe 0."""
-        if len(x) < _ADDED_ROWS or self.bias is not None:
+        if len(x) < ADDED_ROWS or self.bias is not None:
             return self(x)
         torch.addmm(residual, x, self.weight.T, out_dtype=torch.float32, out=residual)
         return residual.new_empty(0, *residual.shape)
