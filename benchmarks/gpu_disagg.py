@@ -15,6 +15,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from gpu.dummy_model import SHAPES, write_model
 from serving.mesh import Mesh
@@ -25,12 +26,14 @@ _KV_TOKENS = 200_000  # of each worker: two of them fit into one GPU
 
 
 def start(mesh: Mesh, model: Path, device: str, gpus: int) -> None:
-    settings = {
+    settings: dict[str, Any] = {
         "device": device,
         "load_format": "dummy",
         "max_batch_size": 256,
-        "kv_cache_config": {"max_tokens": _KV_TOKENS},
+        "kv_cache_config": {"max_tokens": _KV_TOKENS, "enable_block_reuse": False},  # prompts come again
     }
+    if device == "cpu":
+        settings["num_threads"] = 1
 
     def worker(number: int, name: str) -> None:
         gpu = number % gpus if device == "cuda" else None
