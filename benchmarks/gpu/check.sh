@@ -38,6 +38,8 @@ for wanted in "${@:-setup attention tests serve steps variants kernels}"; do
             part serve 150 python3 benchmarks/gpu_serve.py --output "$OUT/serve8b.json"
             part serve_metrics 90 python3 benchmarks/gpu_serve.py --iterations --load 1x256 --load 64x1024 \
                 --output "$OUT/serve8b_metrics.json"
+            part serve_fp8 90 python3 benchmarks/gpu_serve.py --quant fp8 --load 1x256 --load 64x1024 \
+                --output "$OUT/serve8b_fp8.json"
             ;;
         steps)
             part step135m 60 python3 benchmarks/gpu_step.py --shape 135m --triton --output "$OUT/step135m.json"
@@ -48,6 +50,7 @@ for wanted in "${@:-setup attention tests serve steps variants kernels}"; do
                 -p no:benchmark
             part tp_collectives 70 python3 benchmarks/gpu_tp.py --part collectives --output "$OUT/tp_collectives.json"
             part tp_tokens 150 python3 benchmarks/gpu_tp.py --part tokens --output "$OUT/tp_tokens.json"
+            part tp_tokens_fp8 150 python3 benchmarks/gpu_tp.py --part tokens --quant fp8 --output "$OUT/tp_tokens_fp8.json"
             part tp_kill 80 python3 benchmarks/gpu_tp.py --part kill --output "$OUT/tp_kill.json"
             part tp_speed 280 python3 benchmarks/gpu_tp.py --part speed --output "$OUT/tp_speed.json"
             ;;
@@ -55,7 +58,7 @@ for wanted in "${@:-setup attention tests serve steps variants kernels}"; do
         kernels) part kernels 200 python3 benchmarks/gpu_kernels.py linear decode ;;
         fp8)
             files=(tests/worker/test_cuda_fp8.py tests/kernels/test_fp8_triton.py)
-            part fp8_tests 100 "${tests[@]}" "${workers[@]}" --timeout 90 -m gpu -k "not True and not flashinfer" "${files[@]}"
+            part fp8_tests 100 "${tests[@]}" --timeout 90 -m gpu -k "not True and not flashinfer" "${files[@]}"
             part fp8_step8b 180 python3 benchmarks/gpu_step.py --shape 8b --quant fp8 --quant none \
                 --output "$OUT/fp8_step8b.json"
             part fp8_kv_step8b 120 python3 benchmarks/gpu_step.py --shape 8b --quant fp8 --kv fp8 \
