@@ -8,7 +8,6 @@ their protocol, and nothing of threads, queues or the engine that waits for the 
 
 import contextlib
 import math
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,9 +19,8 @@ from diptych.kv_layout import KvLayout
 from diptych.transceiver import ticket as tickets
 from diptych.transceiver.companions import NOTHING_TO_FETCH, CompanionFetch, Companions
 from diptych.transceiver.digest import LandedDigests, known_kind, require_digests, require_generations
-from diptych.transceiver.frames import Begin, Finish
-from diptych.transceiver.link import Link
 from diptych.transceiver.meter import Meter
+from diptych.transceiver.owner_links import OwnerLinks
 from diptych.transceiver.owners import Part, choose_parts
 from diptych.transceiver.plan import CopyPlan, plan_copy
 from diptych.transceiver.pool import DigestKind
@@ -31,8 +29,6 @@ from diptych.transceiver.settings import FetchDone
 from diptych.transceiver.stop import Stop
 from diptych.transceiver.ticket import OwnerRank, Ticket
 from diptych.transceiver.transport import Transfer, Transport, Unreachable, ignore_landed
-
-_FLUSH_S = 1.0  # for telling owners, at close, which tickets are done
 
 
 @dataclass(slots=True, eq=False)
@@ -78,7 +74,7 @@ class _Copy:
 
 
 class Fetcher:
-    """All that fetches of one transceiver share: transports, and one control link to each owner."""
+    """All that fetches of one transceiver share: transports, and links to owners."""
 
     def __init__(
         self,
@@ -96,14 +92,9 @@ class Fetcher:
         self._companions = companions
         self._transports = transports
         self._verify_digest = verify_digest
-        self._secret = secret
-        self._timeout_s = timeout_s
-        self._lock = threading.Lock()
-        self._links: dict[tuple[str, str, int], Link] = {}
-        self._pools: dict[str, set[str]] = {}  # by the rank that has a link: itself, and ranks without one
+        self._links = OwnerLinks(secret=secret, timeout_s=timeout_s, lost=self._lost)
         self._meter = meter
         self._routes = Routes(transports, measure=measure, probed=meter.probed)
-        self._closed = False
 
     def run(self, fetch: Fetch) -> FetchDone:
         """Raises TransferError; either way the copy has let go of the destination, but for `fetch.lingering`."""
@@ -121,7 +112,7 @@ class Fetcher:
             wire_s,
             time.monotonic() - fetch.started_at,
             "+".join(dict.fromkeys(copy.name for copy in copies)),
-            told=num_bytes > 0 or self._reaches_owner(ticket),
+            told=num_bytes > 0 or self._links.reach(ticket),
         )
 
     def _copy_ours(self, fetch: Fetch, ticket: Ticket) -> tuple[list[_Copy], float]:
@@ -154,15 +145,12 @@ class Fetcher:
             transport.forget(incarnation)
 
     def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            links = list(self._links.values())
-        flush = Stop(_FLUSH_S)
-        for link in links:
-            link.start_closing()
-        for link in links:
-            link.close(flush)
+        self._links.close()
         self._routes.close()
+
+    def _lost(self, incarnation: str) -> None:
+        self.forget(incarnation)
+        self._companions.forget(incarnation)
 
     def _parts(self, owners: Sequence[OwnerRank]) -> list[tuple[OwnerRank, Part | None]]:
         """What to take from which rank; None: all of it, as it is."""
@@ -250,66 +238,14 @@ class Fetcher:
                 return
 
     def _begin(self, fetch: Fetch, ticket: Ticket) -> None:
-        """Every rank of the owner is told, once, also those that this reader takes nothing from."""
         if not fetch.begun:
             fetch.begun = True
-            for rank in _leasing(ticket):
-                with self._lock:
-                    pools = self._pools.setdefault(rank.incarnation, {rank.incarnation})
-                    pools.update(owner.incarnation for owner in ticket.owners if not owner.ticket_id)
-                self._tell(rank, ticket.lease_s, Begin(rank.ticket_id))
+            self._links.begin(ticket)
 
     def _finish(self, fetch: Fetch, ticket: Ticket, *, complete: bool) -> None:
         """Also when the link was cut meanwhile: what it had said last may never have reached the owner."""
         self._begin(fetch, ticket)
-        for rank in _leasing(ticket):
-            self._tell(rank, ticket.lease_s, Finish(rank.ticket_id, complete))
-
-    def _tell(self, rank: OwnerRank, lease_s: float, message: Begin | Finish) -> None:
-        for _ in range(2):  # a link that has just ended is dialled anew, once
-            link = self._link(rank, lease_s)
-            if link is None or link.say(message):
-                return
-            self._drop(link)
-
-    def _link(self, rank: OwnerRank, lease_s: float) -> Link | None:
-        key = _link_key(rank)
-        with self._lock:
-            if self._closed:
-                return None
-            link = self._links.get(key)
-            if link is None:
-                link = self._links[key] = Link(
-                    rank, lease_s=lease_s, secret=self._secret, timeout_s=self._timeout_s, gone=self._drop
-                )
-            return link
-
-    def _reaches_owner(self, ticket: Ticket) -> bool:
-        with self._lock:
-            links = [self._links.get(_link_key(rank)) for rank in _leasing(ticket)]
-        return all(link is not None and link.is_up for link in links)
-
-    def _drop(self, link: Link) -> None:
-        key = _link_key(link.rank)
-        with self._lock:
-            if self._links.get(key) is not link:
-                return
-            del self._links[key]
-            ranks = self._pools.pop(link.rank.incarnation, {link.rank.incarnation})
-        for incarnation in ranks:
-            self.forget(incarnation)
-            self._companions.forget(incarnation)
-        for message in link.unsaid():
-            self._tell(link.rank, link.lease_s, message)
-
-
-def _link_key(rank: OwnerRank) -> tuple[str, str, int]:
-    return rank.incarnation, rank.host, rank.port
-
-
-def _leasing(ticket: Ticket) -> list[OwnerRank]:
-    """The ranks that hold their blocks for this ticket, and want to hear of its fetch."""
-    return [rank for rank in ticket.owners if rank.ticket_id]
+        self._links.finish(ticket, complete=complete)
 
 
 def _verify(ticket: Ticket, copy: _Copy, transfer: Transfer) -> None:
