@@ -1,6 +1,6 @@
 """Steps as CUDA graphs, for each padded size with and without sampling: no launches, no Python between kernels.
 
-Knows nothing of what a step does. Graphs that never run at the same time share memory.
+Knows nothing of the rows of a step. Graphs that never run at the same time share memory.
 """
 
 from abc import ABC, abstractmethod
@@ -10,6 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from diptych.worker.decode import Decode, Draw
+from diptych.worker.device_state import DeviceState
+from diptych.worker.models.cuda_network import CudaNetwork
 
 _WARM_UPS = 2
 
@@ -42,8 +46,13 @@ def _alias(tensor: Tensor) -> Tensor:
 
 
 class CapturedSteps(ABC):
-    def __init__(self, sizes: list[int]) -> None:
+    def __init__(self, network: CudaNetwork, state: DeviceState, pool: Tensor, sizes: list[int]) -> None:
         self.sizes = sorted(sizes)
+        self._network = network
+        self._state = state
+        self._pool = pool
+        self._decode = Decode(network.config, state)
+        self._draw = Draw(state, network.config.eos_token_ids, network.ranks)
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         self._outputs: dict[tuple[int, bool], StepOutput] = {}
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diptych.kernels.batch_state_triton import advance_rows, fill_tokens
+from diptych.kernels.batch_state_triton import fill_tokens
 from diptych.kernels.rope_triton import HeadInputs, rope_append
 from diptych.worker.captured import StepOutput
 from diptych.worker.decode import Decode, Draw
@@ -67,7 +67,7 @@ class CudaRunner:
         self._decode = Decode(network.config, state)
         on_gpu = state.device.type == "cuda"
         self._host = [torch.empty(state.num_slots, dtype=torch.int32, pin_memory=on_gpu) for _ in range(2)]
-        self._draw = Draw(state, network.config.eos_token_ids)
+        self._draw = Draw(state, network.config.eos_token_ids, network.ranks)
 
     def needs_tokens(self, plan: StepPlan) -> bool:
         """Whether the host must know all tokens so far before the plan can be launched."""
@@ -167,9 +167,7 @@ class CudaRunner:
             return None
         logits, drawing = logits[:num_drawing], step.logits_rows[:num_drawing]
         slots, positions = slots[drawing], positions[drawing]
-        drawn = self._draw.run(logits, slots, positions, sampled=sampled)
-        self._network.ranks.from_first(drawn)
-        advance_rows(slots, positions, drawn, self._state.field("tokens"), self._state.field("positions"))
+        drawn = self._draw.advance(logits, slots, positions, sampled=sampled)
         return _Output(logits, drawn, slots)
 
     def _draw_on_host(self, drawing: list[Chunk], output: _Output) -> dict[int, Drawn | str]:

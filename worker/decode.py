@@ -8,10 +8,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from diptych.kernels.batch_state_triton import advance_rows
 from diptych.kernels.decode_attention_triton import DecodePlan, decode_attention
 from diptych.kernels.gpu import num_multiprocessors
 from diptych.kernels.rope_triton import HeadInputs
 from diptych.kernels.sampling_triton import DrawParameters, draw_greedy, draw_sampled
+from diptych.worker.collectives import ALONE, Collectives
 from diptych.worker.device_state import DeviceState
 from diptych.worker.models.config import ModelConfig
 
@@ -61,8 +63,10 @@ class Decode:
 
 
 class Draw:
-    def __init__(self, state: DeviceState, ends: Iterable[int]) -> None:
+    def __init__(self, state: DeviceState, ends: Iterable[int], ranks: Collectives = ALONE) -> None:
         """`ends`: ids that a sequence may not draw before its least number of tokens."""
+        self._state = state
+        self._ranks = ranks
         names = set(DrawParameters.__dataclass_fields__) - {"ends"}
         self._parameters = DrawParameters(
             ends=torch.tensor(sorted(ends), dtype=torch.int32, device=state.device),
@@ -74,4 +78,12 @@ class Draw:
         drawn, highest = draw_greedy(logits, slots, positions, self._parameters)
         if sampled:
             draw_sampled(logits, highest, drawn, slots, positions, self._parameters)
+        return drawn
+
+    def advance(self, logits: Tensor, slots: Tensor, positions: Tensor, *, sampled: bool) -> Tensor:
+        """As `run`, on every rank what the first one drew; the slots' state moves on by it."""
+        drawn = self.run(logits, slots, positions, sampled=sampled)
+        self._ranks.from_first(drawn)
+        state = self._state
+        advance_rows(slots, positions, drawn, state.field("tokens"), state.field("positions"))
         return drawn

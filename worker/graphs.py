@@ -6,12 +6,10 @@ the next step can be launched before anyone has read them.
 
 from torch import Tensor
 
-from diptych.kernels.batch_state_triton import advance_rows, gather_rows
+from diptych.kernels.batch_state_triton import gather_rows
 from diptych.kernels.rope_triton import HeadInputs
 from diptych.worker.captured import CapturedSteps, StepOutput
-from diptych.worker.decode import Decode, Draw
-from diptych.worker.device_state import DeviceState
-from diptych.worker.models.cuda_network import CudaNetwork, Rows
+from diptych.worker.models.cuda_network import Rows
 
 
 def graph_sizes(max_rows: int) -> list[int]:
@@ -23,14 +21,6 @@ def graph_sizes(max_rows: int) -> list[int]:
 
 
 class DecodeGraphs(CapturedSteps):
-    def __init__(self, network: CudaNetwork, state: DeviceState, pool: Tensor, sizes: list[int]) -> None:
-        super().__init__(sizes)
-        self._network = network
-        self._state = state
-        self._pool = pool
-        self._decode = Decode(network.config, state)
-        self._draw = Draw(state, network.config.eos_token_ids)
-
     def padded(self, num_rows: int) -> int | None:
         """The size that serves `num_rows`; None: too many."""
         return next((size for size in self.sizes if size >= num_rows), None)
@@ -47,7 +37,5 @@ class DecodeGraphs(CapturedSteps):
             return out
 
         logits = self._network.forward(Rows(tokens, attend), self._pool)
-        drawn = self._draw.run(logits, slots, positions, sampled=sampled)
-        self._network.ranks.from_first(drawn)
-        advance_rows(slots, positions, drawn, state.field("tokens"), state.field("positions"))
+        drawn = self._draw.advance(logits, slots, positions, sampled=sampled)
         return StepOutput(logits, drawn)

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diptych.kernels.batch_state_triton import advance_rows, fill_tokens
+from diptych.kernels.batch_state_triton import fill_tokens
 from diptych.kernels.prefill_attention_triton import PrefillPlan, num_runs, prefill_attention, runs_of
 from diptych.kernels.rope_triton import HeadInputs, rope_append
 from diptych.worker.captured import CapturedSteps, StepOutput
-from diptych.worker.decode import Decode, Draw
 from diptych.worker.device_state import DeviceState, Int32s, Staging, pieces, room
 from diptych.worker.models.cuda_network import CudaNetwork, Rows
 from diptych.worker.plan import Chunk
@@ -91,12 +90,7 @@ class _Inputs:
 
 class MixedGraphs(CapturedSteps):
     def __init__(self, network: CudaNetwork, state: DeviceState, pool: Tensor, sizes: list[int]) -> None:
-        super().__init__(sizes)
-        self._network = network
-        self._state = state
-        self._pool = pool
-        self._decode = Decode(network.config, state)
-        self._draw = Draw(state, network.config.eos_token_ids)
+        super().__init__(network, state, pool, sizes)
         self._staging = Staging(state.device)
         self._inputs = {size: _Inputs.allocate(size, state.num_slots, state.device) for size in self.sizes}
 
@@ -134,9 +128,7 @@ class MixedGraphs(CapturedSteps):
         rows = Rows(inputs.token_ids, attend, inputs.logits_rows.long())
         logits = network.forward(rows, self._pool)
         slots, positions = inputs.draw_slots, inputs.draw_positions
-        drawn = self._draw.run(logits, slots, positions, sampled=sampled)
-        network.ranks.from_first(drawn)
-        advance_rows(slots, positions, drawn, state.field("tokens"), state.field("positions"))
+        drawn = self._draw.advance(logits, slots, positions, sampled=sampled)
         return StepOutput(logits, drawn)
 
     def _attend(self, inputs: _Inputs, parts: Tensor, heads: HeadInputs, cache: Tensor) -> Tensor:

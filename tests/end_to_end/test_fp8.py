@@ -11,6 +11,7 @@ from diptych.worker.models.fp8_weights import quantize_rows
 from diptych.worker.models.loader import load_config
 from diptych.worker.models.weights import dummy_weights, weight_specs
 from tests.end_to_end.test_cuda import PROMPT_LENGTHS, answers, write_model
+from tests.worker.fp8_checkpoints import FLOAT8, compressed
 
 SHAPE = {
     "hidden_size": 64,
@@ -20,17 +21,8 @@ SHAPE = {
     "num_key_value_heads": 2,
     "head_dim": 32,
     "quantization_config": {
-        "quant_method": "compressed-tensors",
-        "format": "float-quantized",
-        "ignore": ["lm_head"],
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {"num_bits": 8, "type": "float", "strategy": "channel"},
-                "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
-            }
-        },
-        "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False},
+        **compressed("channel", {"strategy": "token", "dynamic": True}),
+        "kv_cache_scheme": {**FLOAT8, "strategy": "tensor", "dynamic": False},
     },
 }
 

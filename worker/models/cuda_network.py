@@ -63,10 +63,10 @@ class PartsLinear:
     def gated(self, x: Tensor) -> Tensor:
         """`silu(gate) * up` of a gate and up weight, in x's dtype."""
         rows, inputs = x.shape
-        plan = choose_gated(rows, len(self.weight) // 2, inputs, self.num_sms)
-        if plan is None or not self.is_skinny(rows):
-            return silu_and_mul(self(x), x.dtype)
-        return skinny_gated(x, self.weight, plan)
+        plan = None
+        if self.is_skinny(rows):
+            plan = choose_gated(rows, len(self.weight) // 2, inputs, self.num_sms)
+        return silu_and_mul(self(x), x.dtype) if plan is None else skinny_gated(x, self.weight, plan)
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """Adds `x @ weight.T` to `residual`, or gives back what is still to be added, `[S, T, outputs]`, S maybe 0."""

@@ -126,9 +126,8 @@ def dummy_weights(
             if is_fp8 and may_stay(spec.name, spec.local_shape(dims)):
                 values, scale = quantize_rows(weight)  # before the cut, as those of a checkpoint are
                 weights[spec.name] = spec.local(values.view(torch.uint8), dims).view(values.dtype)
-                weights[scale_name(spec.name)] = spec.local(scale[:, None].expand_as(values), dims)[
-                    :, 0
-                ].contiguous()
+                scales = spec.local(scale[:, None].expand_as(values), dims)
+                weights[scale_name(spec.name)] = scales[:, 0].contiguous()
             else:
                 weights[spec.name] = spec.local(weight, dims)
     return weights
