@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -60,22 +59,17 @@ def main() -> None:
     parser.add_argument("--rounds", default="1")
     parser.add_argument("--output", type=Path, help="JSON file, as serve.py writes it")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="gpu-disagg-") as folder, ExitStack() as stack:
-        mesh = Mesh(stack, Path(folder))
+    with tempfile.TemporaryDirectory(prefix="gpu-disagg-") as folder, Mesh(Path(folder)) as mesh:
         model = write_model(Path(folder) / options.shape, options.shape)
-        try:
-            start(mesh, model, options.device, options.gpus)
-            command = [sys.executable, str(Path(__file__).with_name("serve.py"))]
-            for name in ("aggregated", "disaggregated"):
-                command += ["--target", f"{name}={mesh.urls[name]},{model.name}"]
-            for name in ("concurrency", "input-len", "output-len", "num-requests", "rounds"):
-                command += [f"--{name}", getattr(options, name.replace("-", "_"))]
-            command += ["--tokenizer", str(model), "--prompts", "ids"]
-            command += ["--output", str(options.output)] if options.output else []
-            subprocess.run(command, check=True)
-        except BaseException:
-            mesh.show_logs()
-            raise
+        start(mesh, model, options.device, options.gpus)
+        command = [sys.executable, str(Path(__file__).with_name("serve.py"))]
+        for name in ("aggregated", "disaggregated"):
+            command += ["--target", f"{name}={mesh.urls[name]},{model.name}"]
+        for name in ("concurrency", "input-len", "output-len", "num-requests", "rounds"):
+            command += [f"--{name}", getattr(options, name.replace("-", "_"))]
+        command += ["--tokenizer", str(model), "--prompts", "ids"]
+        command += ["--output", str(options.output)] if options.output else []
+        subprocess.run(command, check=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import json
 import statistics
 import tempfile
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -164,16 +163,11 @@ def main() -> None:
         # What is found in the cache is not computed, and the rest then by other kernels that round otherwise.
         "kv_cache_config": {"enable_block_reuse": False},
     }
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as folder, Mesh(Path(folder)) as mesh:
         model = write_model(Path(folder) / arguments.shape, arguments.shape, arguments.quant)
-        mesh = Mesh(stack, Path(folder))
         began = time.perf_counter()
-        try:
-            mesh.worker("worker", str(model), None, settings, gpu=None)
-            asyncio.run(run(arguments, mesh.urls["worker"], time.perf_counter() - began))
-        except BaseException:
-            mesh.show_logs()
-            raise
+        mesh.worker("worker", str(model), None, settings, gpu=None)
+        asyncio.run(run(arguments, mesh.urls["worker"], time.perf_counter() - began))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import json
 import random
 import tempfile
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -159,17 +158,12 @@ def show(result: dict[str, Any]) -> None:
 def main() -> None:
     options = parse_arguments()
     before = machine.describe()
-    with tempfile.TemporaryDirectory(prefix="handover-") as folder, ExitStack() as stack:
-        mesh = Mesh(stack, Path(folder))
+    with tempfile.TemporaryDirectory(prefix="handover-") as folder, Mesh(Path(folder)) as mesh:
         model = options.model
         if options.shape:
             model = str(write_model(Path(folder) / options.shape, options.shape))
-        try:
-            start(mesh, model, options)
-            results = asyncio.run(measure_all(mesh.urls, options))
-        except BaseException:
-            mesh.show_logs()
-            raise
+        start(mesh, model, options)
+        results = asyncio.run(measure_all(mesh.urls, options))
     if options.output is not None:
         settings = {name: value for name, value in vars(options).items() if name != "output"}
         report = {"machine": before, "settings": settings, "results": results}

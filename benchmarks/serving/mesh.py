@@ -4,6 +4,7 @@ import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import yaml
@@ -13,12 +14,22 @@ _START_S = 300.0
 
 
 class Mesh:
-    """`urls` by name, of all that were started; they end with `stack`."""
+    """`urls` by name, of all that were started. Use as ``with``: they end with it, and an error shows their logs."""
 
-    def __init__(self, stack: ExitStack, folder: Path) -> None:
+    def __init__(self, folder: Path) -> None:
         self.urls: dict[str, str] = {}
-        self._stack = stack
+        self._stack = ExitStack()
         self._folder = folder
+
+    def __enter__(self) -> "Mesh":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._stack:
+            if kind is not None:
+                self._show_logs()
 
     def worker(
         self, name: str, model: str, role: str | None, settings: dict[str, Any], gpu: int | None
@@ -44,8 +55,8 @@ class Mesh:
         config = self._write(name, {"hostname": "127.0.0.1", "port": port, **settings, **servers})
         self._start(name, ["disaggregated", "-c", config], port, {})
 
-    def show_logs(self) -> None:
-        """The end of each, to stderr: when something went wrong."""
+    def _show_logs(self) -> None:
+        """The end of each, to stderr."""
         for log in sorted(self._folder.glob("*.log")):
             print(f"--- {log.name}\n{log.read_text()[-2000:]}", file=sys.stderr)
 
