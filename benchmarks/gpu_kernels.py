@@ -56,17 +56,16 @@ DECODES = (
     (9, 3, 64, 64, 1088),
     (9, 3, 64, 256, 1088),
 )
-# tile, stages, warps
 DECODE_FORMS = (
-    (16, 4, 1),
+    (16, 2, 1),
+    (16, 3, 1),
+    (32, 2, 1),
     (32, 3, 1),
+    (32, 2, 2),
     (32, 3, 2),
-    (32, 3, 4),
-    (32, 5, 2),
     (64, 3, 2),
     (64, 3, 4),
-    (128, 3, 4),
-)
+)  # tile, stages, warps
 DECODE_SHARES = {1: (8, 16), 8: (2, 4, 8), 64: (1, 2), 256: (1,)}
 
 
@@ -177,7 +176,7 @@ class DecodeCase:
                 out=out,
             )
 
-        chosen = DecodePlan.choose(self.rows, self.kv_heads, num_multiprocessors(DEVICE), self.context)
+        chosen = DecodePlan.choose(self.rows, layout, num_multiprocessors(DEVICE), self.context)
         times: dict[object, float] = {}
         for plan in {chosen, *self._plans()}:
             times[plan] = time_us([partial(ours, cache, plan) for cache in pool.unbind(1)])

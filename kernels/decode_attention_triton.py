@@ -6,6 +6,9 @@ row's position when the kernel runs, so that a CUDA graph serves every length, w
 
 Each program turns its queries itself (rope_triton.py). The row's own key and value come from the products, too: the
 first share starts with them and puts them into the cache, so nobody waits for the cache to be written.
+
+A GPU that reads at the speed of its memory is near its power limit: what counts is how few instructions a token takes.
+Tiles of 16-bit numbers come through a tensor descriptor, and only a share's last tile is masked.
 """
 
 from dataclasses import dataclass
@@ -14,13 +17,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from diptych.kernels.attention_tile_triton import LOG2E, places_of, take_tile
+from diptych.kernels.attention_tile_triton import LOG2E, load_tile, take_tile
 from diptych.kernels.dependent_launch_triton import follow, release, wait
 from diptych.kernels.gpu import chained
-from diptych.kernels.rope_triton import HeadInputs, head_values, stored, turned
+from diptych.kernels.rope_triton import HeadInputs, HeadLayout, head_values, stored, turned
 
 _MIN_GROUP = 16  # the least rows of the matrix unit
+_WARP_NUMBERS = 2048  # of float32 that a warp can hold beside what it computes with
 _SHARE_TOKENS = 1024  # of a share of the longest context, where there are enough programs without
 
 
@@ -55,14 +60,32 @@ def _join(
         tl.store(out + (first_line + member) * DIM + dims, total)
 
 
+@triton.jit
+def _load(
+    cache, described, head, table, at, stop, block_stride, kv_stride, head_line,
+    DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """As `load_tile`; the descriptor shows the cache as lines of one token of one kv head, `head_line` those before."""
+    if DESCRIBED:
+        block = tl.load(table + at // BLOCK_TOKENS)
+        line = block * (block_stride // DIM).to(tl.int32) + head_line + at % BLOCK_TOKENS
+        k = described.load([line, 0]).T
+        v = described.load([line + (kv_stride // DIM).to(tl.int32), 0])
+        if not WHOLE:  # what hides the other keys is their score
+            v = tl.where((at + tl.arange(0, TILE) < stop)[:, None], v, 0.0)
+    else:
+        k, v = load_tile(head, table, at, stop, block_stride, kv_stride, DIM, BLOCK_TOKENS, TILE, WHOLE)
+    return k, v
+
+
 @triton.jit(do_not_specialize=["table_stride"])
 def _decode(
-    parts, bias, q_norm, k_norm, cos, sin, positions, slots, tables, cache, out, partial, log_sums, arrivals,
+    parts, bias, q_norm, k_norm, cos, sin, positions, slots, tables, cache, described, out, partial, log_sums, arrivals,
     split_stride, table_stride, block_stride, kv_stride, head_stride, eps, scale,
     num_heads: tl.constexpr, num_kv_heads: tl.constexpr, GROUP: tl.constexpr, GROUP_LANES: tl.constexpr,
     DIM: tl.constexpr, LANES: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr,
     SPLITS: tl.constexpr, SHARES: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIBED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if SHARES > 1:  # the programs do not fill the device
         follow(PDL)
@@ -112,25 +135,28 @@ def _decode(
         highest = tl.where(share == 0, own_score, -float("inf"))
         mass = tl.where(share == 0, 1.0, tl.zeros([GROUP_LANES], tl.float32))
         total = tl.where(share == 0, value.to(tl.float32), tl.zeros([GROUP_LANES, DIM], tl.float32))
-        for at in tl.range(start, stop, TILE, num_stages=STAGES):
-            tokens = at + tl.arange(0, TILE)
-            inside = tokens < stop
-            places = places_of(head, table, tokens, inside, at, block_stride, DIM, BLOCK_TOKENS, TILE)
-            visible = inside
-            if WINDOW > 0:
-                visible = inside & (tokens > position - WINDOW)
+        head_line = kv_head * (head_stride // DIM).to(tl.int32)
+        whole = start + (stop - start) // TILE * TILE
+        for at in tl.range(start, whole, TILE, num_stages=STAGES):
+            k, v = _load(
+                cache, described, head, table, at, stop, block_stride, kv_stride, head_line,
+                DIM, BLOCK_TOKENS, TILE, True, DESCRIBED,
+            )  # fmt: skip
+            visible = at + tl.arange(0, TILE) > position - WINDOW
             highest, mass, total = take_tile(
-                query,
-                places,
-                kv_stride,
-                dims,
-                inside,
-                visible[None, :],
-                factor,
-                highest,
-                mass,
-                total,
-                PRECISION,
+                query, k, v, visible[None, :], factor, highest, mass, total, WINDOW > 0, PRECISION
+            )
+        if whole < stop:
+            k, v = _load(
+                cache, described, head, table, whole, stop, block_stride, kv_stride, head_line,
+                DIM, BLOCK_TOKENS, TILE, False, DESCRIBED,
+            )  # fmt: skip
+            tokens = whole + tl.arange(0, TILE)
+            visible = tokens < stop
+            if WINDOW > 0:
+                visible = visible & (tokens > position - WINDOW)
+            highest, mass, total = take_tile(
+                query, k, v, visible[None, :], factor, highest, mass, total, True, PRECISION
             )
         if SHARES == 1:
             release(PDL)
@@ -155,26 +181,35 @@ class DecodePlan:
     """Shares for each context, and how the kernel is compiled."""
 
     shares: int  # a power of two
-    tile: int = 64  # tokens
-    stages: int = (
-        3  # a look-up in the table within a tile takes two of them: from 5 on, two tiles are on their way
-    )
-    num_warps: int = 4
+    tile: int = 32  # tokens
+    stages: int = 2
+    num_warps: int = 1
 
     @classmethod
-    def choose(cls, num_rows: int, num_kv_heads: int, num_sms: int, max_tokens: int) -> "DecodePlan":
+    def choose(cls, num_rows: int, layout: HeadLayout, num_sms: int, max_tokens: int) -> "DecodePlan":
         """What was fastest on an H200 with 8 kv heads of 128, for 1, 8, 64 and 256 rows, and contexts of 256 to 1088.
 
         `max_tokens`: of any context. A wide join costs short ones 4 us: eight shares, unless contexts can be long.
         """
-        programs = num_rows * num_kv_heads
+        programs = num_rows * layout.num_kv_heads
         most = min(32, max(8, triton.next_power_of_2(max_tokens // _SHARE_TOKENS)))
         shares = min(most, triton.next_power_of_2(triton.cdiv(7 * num_sms, 2 * programs)))
-        if 4 * programs <= num_sms:
-            return cls(shares, tile=32, num_warps=2)
-        if shares > 1:
-            return cls(shares, tile=128)
-        return cls(1, tile=64, num_warps=2) if programs < 8 * num_sms else cls(1, tile=32, num_warps=1)
+        numbers = _lanes(layout) * layout.head_dim  # of a program's result, which lies in registers
+        return cls(shares, num_warps=min(4, max(1, numbers // _WARP_NUMBERS)))
+
+
+def _lanes(layout: HeadLayout) -> int:
+    return max(_MIN_GROUP, triton.next_power_of_2(layout.num_heads // layout.num_kv_heads))
+
+
+def _described(cache: Tensor, tile: int) -> TensorDescriptor | None:
+    """One layer's cache as lines `[tokens of all kv heads of all blocks, dim]`, if tiles can be had from it so."""
+    num_blocks, _, kv_heads, block_tokens, dim = cache.shape
+    strides = cache.stride()
+    if cache.itemsize != 2 or block_tokens % tile or any(stride % dim for stride in strides[:3]):
+        return None
+    numbers = (num_blocks - 1) * strides[0] + strides[1] + kv_heads * strides[2]
+    return TensorDescriptor(cache, [numbers // dim, dim], [dim, 1], [tile, dim])
 
 
 def decode_attention(
@@ -203,13 +238,13 @@ def decode_attention(
     shape = (rows, heads, plan.shares) if plan.shares > 1 else (0,)
     log_sums = torch.empty(shape, dtype=torch.float32, device=out.device)
     partial = torch.empty(*shape, dim if plan.shares > 1 else 0, dtype=torch.float32, device=out.device)
-    group = heads // kv_heads
+    described = _described(cache, plan.tile)
     _decode[(kv_heads, plan.shares, rows)](
-        parts, *inputs.tensors(out), positions, slots, tables, cache, out, partial, log_sums, arrivals,
-        parts.stride(0), tables.stride(0), *cache.stride()[:3], layout.eps, scale,
-        GROUP=group, GROUP_LANES=max(_MIN_GROUP, triton.next_power_of_2(group)),
+        parts, *inputs.tensors(out), positions, slots, tables, cache, cache if described is None else described,
+        out, partial, log_sums, arrivals, parts.stride(0), tables.stride(0), *cache.stride()[:3], layout.eps, scale,
+        GROUP=heads // kv_heads, GROUP_LANES=_lanes(layout),
         BLOCK_TOKENS=cache.shape[3], TILE=plan.tile, SPLITS=splits, SHARES=plan.shares,
-        WINDOW=window or 0, STAGES=plan.stages,
+        WINDOW=window or 0, STAGES=plan.stages, DESCRIBED=described is not None,
         PRECISION="ieee" if out.dtype == torch.float32 else "tf32",
         num_warps=plan.num_warps, **inputs.constants(), **chained(out.device),
     )  # fmt: skip

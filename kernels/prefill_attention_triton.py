@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diptych.kernels.attention_tile_triton import LOG2E, places_of, take_tile
+from diptych.kernels.attention_tile_triton import LOG2E, load_tile, take_tile
 
 _ROWS = 64
 _TILE = 64
@@ -65,16 +65,19 @@ def _attend(
     end = first_position + count
     start = cache + (head // GROUP) * head_stride
     factor = scale * LOG2E
-    for at in range(begin, end, TILE):
+    whole = begin
+    if WINDOW == 0:  # of these tiles every row sees all
+        whole = tl.minimum(first_position, end) // TILE * TILE
+    for at in range(begin, whole, TILE):
+        k, v = load_tile(start, table, at, end, block_stride, kv_stride, DIM, BLOCK_TOKENS, TILE, True)
+        highest, mass, total = take_tile(q, k, v, True, factor, highest, mass, total, False, PRECISION)
+    for at in range(whole, end, TILE):
         tokens = at + tl.arange(0, TILE)
-        inside = tokens < end
-        places = places_of(start, table, tokens, inside, at, block_stride, DIM, BLOCK_TOKENS, TILE)
         visible = tokens[None, :] <= at_position[:, None]
         if WINDOW > 0:
             visible = visible & (tokens[None, :] > at_position[:, None] - WINDOW)
-        highest, mass, total = take_tile(
-            q, places, kv_stride, dims, inside, visible, factor, highest, mass, total, PRECISION
-        )
+        k, v = load_tile(start, table, at, end, block_stride, kv_stride, DIM, BLOCK_TOKENS, TILE, False)
+        highest, mass, total = take_tile(q, k, v, visible, factor, highest, mass, total, True, PRECISION)
     total = total / tl.where(mass > 0, mass, 1.0)[:, None]
     tl.store(out + line[:, None] * DIM + dims[None, :], total, mask=here[:, None])
 

@@ -53,7 +53,7 @@ class Decode:
             window=config.sliding_window,
             plan=DecodePlan.choose(
                 expected or len(positions),
-                inputs.layout.num_kv_heads,
+                inputs.layout,
                 self._num_sms,
                 config.max_position_embeddings,
             ),

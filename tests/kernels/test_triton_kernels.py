@@ -127,6 +127,21 @@ def test_skinny_gated(dtype, rows, inner, inputs):
         assert error(out, expected) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", SKINNY_DTYPES)
+@pytest.mark.parametrize("rows", [1, 130, 2100])
+@pytest.mark.parametrize(("inner", "inputs"), [(136, 72), (96, 576), (1024, 64)])
+def test_gated_linear(dtype, rows, inner, inputs):
+    """Programs with one tile and with several, tiles and groups that are not full."""
+    from diptych.kernels.gated_linear_triton import gated_linear, pays
+
+    x, weight = draw(rows, inputs, dtype=dtype), draw(2 * inner, inputs, dtype=dtype, scale=inputs**-0.5)
+    out = gated_linear(x, weight, 5)
+    assert out.shape == (rows, inner) and out.dtype == dtype
+    assert error(out, activation.silu_and_mul(x.double() @ weight.double().T)) < TOLERANCE[dtype]
+    assert pays(rows, weight, 1) == (rows > 1000)
+    assert not pays(rows, weight[: 2 * inner - 8], 1)
+
+
 class Paged:
     """Sequences whose K and V lie in one layer of a NaN-filled pool, at scattered blocks."""
 
@@ -233,7 +248,7 @@ def test_decode_attention(dtype, shape, window, shares, tile):
         tables=paged.tables,
         scale=dim**-0.5,
         window=window,
-        plan=DecodePlan(shares, tile, stages=3 if dtype == torch.float32 else 5),
+        plan=DecodePlan(shares, tile, stages=2 if tile == 32 else 3, num_warps=4 if tile == 128 else 1),
         arrivals=arrivals,
         out=actual,
     )
@@ -253,21 +268,24 @@ def test_decode_attention(dtype, shape, window, shares, tile):
 
 
 @pytest.mark.parametrize(
-    ("rows", "max_tokens", "plan"),
+    ("rows", "heads", "dim", "max_tokens", "plan"),
     [
-        (1, 8192, (8, 32)),
-        (1, 131072, (32, 32)),
-        (8, 8192, (8, 128)),
-        (16, 8192, (4, 128)),
-        (64, 8192, (1, 64)),
-        (256, 131072, (1, 32)),
+        (1, 32, 128, 8192, (8, 1)),
+        (1, 32, 128, 131072, (32, 1)),
+        (8, 32, 128, 8192, (8, 1)),
+        (16, 32, 128, 8192, (4, 1)),
+        (64, 32, 128, 8192, (1, 1)),
+        (256, 32, 128, 131072, (1, 1)),
+        (256, 32, 256, 8192, (1, 2)),
+        (256, 512, 128, 8192, (1, 4)),
     ],
 )
-def test_shares_of_a_batch(rows, max_tokens, plan):
+def test_shares_and_warps_of_a_batch(rows, heads, dim, max_tokens, plan):
     from diptych.kernels.decode_attention_triton import DecodePlan
+    from diptych.kernels.rope_triton import HeadLayout
 
-    chosen = DecodePlan.choose(rows, num_kv_heads=8, num_sms=132, max_tokens=max_tokens)
-    assert (chosen.shares, chosen.tile) == plan
+    chosen = DecodePlan.choose(rows, HeadLayout(heads, 8, dim, 1e-5), num_sms=132, max_tokens=max_tokens)
+    assert (chosen.shares, chosen.num_warps) == plan
 
 
 @pytest.mark.parametrize("dtype", DOT_DTYPES)

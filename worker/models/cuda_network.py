@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diptych.kernels.activation_triton import silu_and_mul
+from diptych.kernels.gated_linear_triton import gated_linear, pays
 from diptych.kernels.gpu import num_multiprocessors
 from diptych.kernels.norm_triton import add_rms_norm, embed_norm
 from diptych.kernels.rope_triton import HeadInputs, HeadLayout
@@ -63,6 +64,8 @@ class PartsLinear:
     def gated(self, x: Tensor) -> Tensor:
         """`silu(gate) * up` of a gate and up weight, in x's dtype."""
         rows, inputs = x.shape
+        if pays(rows, self.weight, self.num_sms):
+            return gated_linear(x, self.weight, self.num_sms)
         plan = None
         if self.is_skinny(rows):
             plan = choose_gated(rows, len(self.weight) // 2, inputs, self.num_sms)
