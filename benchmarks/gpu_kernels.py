@@ -176,7 +176,8 @@ class DecodeCase:
                 out=out,
             )
 
-        chosen = DecodePlan.choose(self.rows, layout, num_multiprocessors(DEVICE), self.context)
+        sms = num_multiprocessors(DEVICE)
+        chosen = DecodePlan.choose(self.rows, layout, self.dtype.itemsize, sms, self.context)
         times: dict[object, float] = {}
         for plan in {chosen, *self._plans()}:
             times[plan] = time_us([partial(ours, cache, plan) for cache in pool.unbind(1)])

@@ -2,6 +2,9 @@
 
 Flash attention (Dao 2023): `highest`, `mass` and `total` are the largest score, the sum of weights and the weighted
 sum of values so far, all relative to `highest`; scores are in powers of two.
+
+TURNED: keys are the left operand of their product and values of theirs, so that few queries are the matrix unit's
+columns, of which eight are enough, and not its rows, of which it takes sixteen at least.
 """
 
 import triton
@@ -13,11 +16,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def load_tile(
     cache, table, at, stop, block_stride, kv_stride,
-    DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """Keys `[dim, tile]` and values `[tile, dim]` of one kv head: the TILE tokens from `at` on, zeros from `stop` on.
+    """Keys and values `[tile, dim]` of one kv head, the TILE tokens from `at` on; keys `[dim, tile]` unless TURNED.
 
-    WHOLE: there are no such zeros, which saves a third of the instructions.
+    From `stop` on they are zeros. WHOLE: there are none of those, which saves a third of the instructions.
     """
     tokens = at + tl.arange(0, TILE)
     dims = tl.arange(0, DIM)
@@ -27,34 +30,47 @@ def load_tile(
     else:
         block = tl.load(table + tokens // BLOCK_TOKENS, mask=tokens < stop, other=0).to(tl.int64)
         places = cache + block * block_stride + tokens % BLOCK_TOKENS * DIM
-    keys = places[None, :] + dims[:, None]
+    axis: tl.constexpr = 1 if TURNED else 0
+    keys = tl.expand_dims(places, axis) + tl.expand_dims(dims, 1 - axis)
     values = places[:, None] + kv_stride + dims[None, :]
     if WHOLE:
         return tl.load(keys), tl.load(values)
+    inside = tokens < stop
     return (
-        tl.load(keys, mask=(tokens < stop)[None, :], other=0.0),
-        tl.load(values, mask=(tokens < stop)[:, None], other=0.0),
+        tl.load(keys, mask=tl.expand_dims(inside, axis), other=0.0),
+        tl.load(values, mask=inside[:, None], other=0.0),
     )
 
 
 @triton.jit
 def take_tile(
-    query, k, v, visible, factor, highest, mass, total, HIDES: tl.constexpr, PRECISION: tl.constexpr
-):
-    """`query` [rows, dim], a tile as `load_tile` gives it, `visible` [rows or 1, tile]; the running softmax afterwards.
-
-    Without HIDES everything is visible.
+    query, k, v, visible, factor, highest, mass, total,
+    HIDES: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`query` and `total` [rows, dim], `visible` [rows or 1, tile], all three turned if TURNED; a tile as `load_tile`
+    gives it. The running softmax afterwards. Without HIDES everything is visible.
     """
+    tokens: tl.constexpr = 0 if TURNED else 1  # the axis of scores
     if k.dtype.is_fp8():
         query = query.to(tl.float16)  # holds every number of FP8, and is one instruction away from it
-    scores = tl.dot(query, k.to(query.dtype), input_precision=PRECISION) * factor
+    k = k.to(query.dtype)
+    v = v.to(query.dtype)
+    if TURNED:
+        scores = tl.dot(k, query, input_precision=PRECISION) * factor
+    else:
+        scores = tl.dot(query, k, input_precision=PRECISION) * factor
     if HIDES:
         scores = tl.where(visible, scores, -float("inf"))
-    higher = tl.maximum(highest, tl.max(scores, 1))
+    higher = tl.maximum(highest, tl.max(scores, tokens))
     base = higher
     if HIDES:  # a tile that the window hides wholly leaves nothing to subtract from
         base = tl.where(higher == -float("inf"), 0.0, higher)
     kept = tl.exp2(highest - base)
-    weights = tl.exp2(scores - base[:, None])
-    added = tl.dot(weights.to(query.dtype), v.to(query.dtype), input_precision=PRECISION)
-    return higher, mass * kept + tl.sum(weights, 1), total * kept[:, None] + added
+    weights = tl.exp2(scores - tl.expand_dims(base, tokens))
+    mass = mass * kept + tl.sum(weights, tokens)
+    total *= tl.expand_dims(kept, tokens)
+    if TURNED:
+        total += tl.dot(v.T, weights.to(v.dtype), input_precision=PRECISION)
+    else:
+        total += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+    return higher, mass, total

@@ -24,7 +24,7 @@ from diptych.kernels.dependent_launch_triton import follow, release, wait
 from diptych.kernels.gpu import chained
 from diptych.kernels.rope_triton import HeadInputs, HeadLayout, head_values, stored, turned
 
-_MIN_GROUP = 16  # the least rows of the matrix unit
+_MIN_GROUP = 8  # the least columns of the matrix unit
 _WARP_NUMBERS = 2048  # of float32 that a warp can hold beside what it computes with
 _SHARE_TOKENS = 1024  # of a share of the longest context, where there are enough programs without
 
@@ -69,12 +69,12 @@ def _load(
     if DESCRIBED:
         block = tl.load(table + at // BLOCK_TOKENS)
         line = block * (block_stride // DIM).to(tl.int32) + head_line + at % BLOCK_TOKENS
-        k = described.load([line, 0]).T
+        k = described.load([line, 0])
         v = described.load([line + (kv_stride // DIM).to(tl.int32), 0])
         if not WHOLE:  # what hides the other keys is their score
             v = tl.where((at + tl.arange(0, TILE) < stop)[:, None], v, 0.0)
     else:
-        k, v = load_tile(head, table, at, stop, block_stride, kv_stride, DIM, BLOCK_TOKENS, TILE, WHOLE)
+        k, v = load_tile(head, table, at, stop, block_stride, kv_stride, DIM, BLOCK_TOKENS, TILE, WHOLE, True)
     return k, v
 
 
@@ -134,7 +134,7 @@ def _decode(
         own_score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * factor
         highest = tl.where(share == 0, own_score, -float("inf"))
         mass = tl.where(share == 0, 1.0, tl.zeros([GROUP_LANES], tl.float32))
-        total = tl.where(share == 0, value.to(tl.float32), tl.zeros([GROUP_LANES, DIM], tl.float32))
+        total = tl.where(share == 0, value.to(tl.float32).T, tl.zeros([DIM, GROUP_LANES], tl.float32))
         head_line = kv_head * (head_stride // DIM).to(tl.int32)
         whole = start + (stop - start) // TILE * TILE
         for at in tl.range(start, whole, TILE, num_stages=STAGES):
@@ -144,7 +144,7 @@ def _decode(
             )  # fmt: skip
             visible = at + tl.arange(0, TILE) > position - WINDOW
             highest, mass, total = take_tile(
-                query, k, v, visible[None, :], factor, highest, mass, total, WINDOW > 0, PRECISION
+                query.T, k, v, visible[:, None], factor, highest, mass, total, WINDOW > 0, True, PRECISION
             )
         if whole < stop:
             k, v = _load(
@@ -156,11 +156,11 @@ def _decode(
             if WINDOW > 0:
                 visible = visible & (tokens > position - WINDOW)
             highest, mass, total = take_tile(
-                query, k, v, visible[None, :], factor, highest, mass, total, True, PRECISION
+                query.T, k, v, visible[:, None], factor, highest, mass, total, True, True, PRECISION
             )
         if SHARES == 1:
             release(PDL)
-        total = total / mass[:, None]
+        total = (total / mass[None, :]).T
         if SHARES == 1:
             tl.store(to, total, mask=mine)
         elif used == 1:
@@ -186,14 +186,17 @@ class DecodePlan:
     num_warps: int = 1
 
     @classmethod
-    def choose(cls, num_rows: int, layout: HeadLayout, num_sms: int, max_tokens: int) -> "DecodePlan":
-        """What was fastest on an H200 with 8 kv heads of 128, for 1, 8, 64 and 256 rows, and contexts of 256 to 1088.
+    def choose(
+        cls, num_rows: int, layout: HeadLayout, itemsize: int, num_sms: int, max_tokens: int
+    ) -> "DecodePlan":
+        """What was fastest on an H200 with 8 kv heads of 128, for 1 to 256 rows, and contexts of 256 to 1088.
 
-        `max_tokens`: of any context. A wide join costs short ones 4 us: eight shares, unless contexts can be long.
+        `itemsize` of the cache in bytes: FP8, which has to be made wide, wants twice as many programs. `max_tokens` of
+        any context: a wide join costs short ones 4 us, so there are at most eight shares, unless contexts can be long.
         """
         programs = num_rows * layout.num_kv_heads
         most = min(32, max(8, triton.next_power_of_2(max_tokens // _SHARE_TOKENS)))
-        shares = min(most, triton.next_power_of_2(triton.cdiv(7 * num_sms, 2 * programs)))
+        shares = min(most, triton.next_power_of_2(triton.cdiv(7 * num_sms, itemsize * programs)))
         numbers = _lanes(layout) * layout.head_dim  # of a program's result, which lies in registers
         return cls(shares, num_warps=min(4, max(1, numbers // _WARP_NUMBERS)))
 
@@ -206,7 +209,7 @@ def _described(cache: Tensor, tile: int) -> TensorDescriptor | None:
     """One layer's cache as lines `[tokens of all kv heads of all blocks, dim]`, if tiles can be had from it so."""
     num_blocks, _, kv_heads, block_tokens, dim = cache.shape
     strides = cache.stride()
-    if cache.itemsize != 2 or block_tokens % tile or any(stride % dim for stride in strides[:3]):
+    if cache.itemsize > 2 or block_tokens % tile or any(stride % dim for stride in strides[:3]):
         return None
     numbers = (num_blocks - 1) * strides[0] + strides[1] + kv_heads * strides[2]
     return TensorDescriptor(cache, [numbers // dim, dim], [dim, 1], [tile, dim])

@@ -69,15 +69,19 @@ def _attend(
     if WINDOW == 0:  # of these tiles every row sees all
         whole = tl.minimum(first_position, end) // TILE * TILE
     for at in range(begin, whole, TILE):
-        k, v = load_tile(start, table, at, end, block_stride, kv_stride, DIM, BLOCK_TOKENS, TILE, True)
-        highest, mass, total = take_tile(q, k, v, True, factor, highest, mass, total, False, PRECISION)
+        k, v = load_tile(start, table, at, end, block_stride, kv_stride, DIM, BLOCK_TOKENS, TILE, True, False)
+        highest, mass, total = take_tile(q, k, v, True, factor, highest, mass, total, False, False, PRECISION)
     for at in range(whole, end, TILE):
         tokens = at + tl.arange(0, TILE)
         visible = tokens[None, :] <= at_position[:, None]
         if WINDOW > 0:
             visible = visible & (tokens[None, :] > at_position[:, None] - WINDOW)
-        k, v = load_tile(start, table, at, end, block_stride, kv_stride, DIM, BLOCK_TOKENS, TILE, False)
-        highest, mass, total = take_tile(q, k, v, visible, factor, highest, mass, total, True, PRECISION)
+        k, v = load_tile(
+            start, table, at, end, block_stride, kv_stride, DIM, BLOCK_TOKENS, TILE, False, False
+        )
+        highest, mass, total = take_tile(
+            q, k, v, visible, factor, highest, mass, total, True, False, PRECISION
+        )
     total = total / tl.where(mass > 0, mass, 1.0)[:, None]
     tl.store(out + line[:, None] * DIM + dims[None, :], total, mask=here[:, None])
 

@@ -54,6 +54,7 @@ class Decode:
             plan=DecodePlan.choose(
                 expected or len(positions),
                 inputs.layout,
+                cache.itemsize,
                 self._num_sms,
                 config.max_position_embeddings,
             ),

@@ -276,7 +276,7 @@ def test_decode_attention(dtype, shape, window, shares, tile):
         (16, 32, 128, 8192, (4, 1)),
         (64, 32, 128, 8192, (1, 1)),
         (256, 32, 128, 131072, (1, 1)),
-        (256, 32, 256, 8192, (1, 2)),
+        (256, 256, 128, 8192, (1, 2)),
         (256, 512, 128, 8192, (1, 4)),
     ],
 )
@@ -284,8 +284,11 @@ def test_shares_and_warps_of_a_batch(rows, heads, dim, max_tokens, plan):
     from diptych.kernels.decode_attention_triton import DecodePlan
     from diptych.kernels.rope_triton import HeadLayout
 
-    chosen = DecodePlan.choose(rows, HeadLayout(heads, 8, dim, 1e-5), num_sms=132, max_tokens=max_tokens)
+    layout = HeadLayout(heads, 8, dim, 1e-5)
+    chosen = DecodePlan.choose(rows, layout, 2, num_sms=132, max_tokens=max_tokens)
     assert (chosen.shares, chosen.num_warps) == plan
+    shares_of_fp8 = DecodePlan.choose(rows, layout, 1, num_sms=132, max_tokens=max_tokens).shares
+    assert shares_of_fp8 == (2 * plan[0] if 1 < plan[0] < 8 or rows == 64 else plan[0])
 
 
 @pytest.mark.parametrize("dtype", DOT_DTYPES)
