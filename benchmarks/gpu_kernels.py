@@ -1,6 +1,6 @@
 """Times single kernels of the GPU engine over their settings, beside cuBLAS and flashinfer, to choose the settings.
 
-    python benchmarks/gpu_kernels.py [linear] [decode] [prefill]
+    python benchmarks/gpu_kernels.py [linear] [gated] [decode] [prefill]
 
 Every timed call reads another weight or another layer's cache, so that the L2 cache serves nothing. One line for each
 case: what the engine chooses, then the fastest settings tried.
@@ -21,7 +21,9 @@ from gpu.flashinfer_decode import FlashInferDecode
 from torch import Tensor
 
 from diptych.kernels import flashinfer_attention as flashinfer
+from diptych.kernels.activation_triton import silu_and_mul
 from diptych.kernels.decode_attention_triton import DecodePlan, decode_attention
+from diptych.kernels.gated_linear_triton import gated_linear, pays
 from diptych.kernels.gpu import num_multiprocessors
 from diptych.kernels.prefill_attention_triton import PrefillPlan, prefill_attention
 from diptych.kernels.rope_triton import HeadInputs, HeadLayout
@@ -131,6 +133,29 @@ def measure_linear() -> None:
             report(f"linear {name}, {rows} rows", num_bytes, chosen, times, {"cublas": cublas})
 
 
+def measure_gated() -> None:
+    """Gate and up of many rows: one kernel beside cuBLAS and a gate apart."""
+    sms = num_multiprocessors(DEVICE)
+    for name, (outputs, inputs) in WEIGHTS.items():
+        if not name.endswith("gate_up"):
+            continue
+        count = max(2, min(24, int(5e8 / (outputs * inputs * 2))))
+        weights = [torch.randn(outputs, inputs, device=DEVICE).bfloat16() for _ in range(count)]
+        for rows in (128, 256, 512, 1024, 2048, 8192):
+            x = torch.randn(rows, inputs, device=DEVICE).bfloat16()
+            apart = time_us([partial(gate_apart, x, weight) for weight in weights])
+            together = time_us([partial(gated_linear, x, weight, sms) for weight in weights])
+            chosen = "together" if pays(rows, weights[0], sms) else "apart"
+            print(
+                f"gated {name}, {rows} rows: apart {apart:.1f} us, together {together:.1f}, chosen {chosen}",
+                flush=True,
+            )
+
+
+def gate_apart(x: Tensor, weight: Tensor) -> Tensor:
+    return silu_and_mul(F.linear(x, weight)[None], x.dtype)
+
+
 @dataclass(frozen=True)
 class DecodeCase:
     heads: int
@@ -145,62 +170,66 @@ class DecodeCase:
         return self.rows * self.context * 2 * self.kv_heads * self.dim * self.dtype.itemsize
 
     def measure(self) -> None:
-        per_row = self.context // BLOCK
-        layers = max(2, min(16, int(2e9 / self.num_bytes)))
-        shape = (self.rows * per_row, layers, 2, self.kv_heads, BLOCK, self.dim)
-        pool = torch.empty(shape, device=DEVICE, dtype=torch.bfloat16).normal_().to(self.dtype)
-        layout = HeadLayout(self.heads, self.kv_heads, self.dim, 1e-5)
-        angles = torch.rand(2, self.context, self.dim // 2, device=DEVICE)
-        inputs = HeadInputs(layout, None, None, (angles[0].cos(), angles[1].sin()))
-        width = (self.heads + 2 * self.kv_heads) * self.dim
-        parts = torch.randn(1, self.rows, width, device=DEVICE).bfloat16()
-        tables = torch.randperm(self.rows * per_row, device=DEVICE).int().view(self.rows, per_row)
-        positions = torch.full((self.rows,), self.context - 1, dtype=torch.int32, device=DEVICE)
-        slots = torch.arange(self.rows, dtype=torch.int32, device=DEVICE)
-        arrivals = torch.zeros(self.rows * self.kv_heads, dtype=torch.int32, device=DEVICE)
-        query = parts[0].view(self.rows, -1, self.dim)[:, : self.heads].contiguous()
-        out = torch.empty_like(query)
-
-        def ours(cache: Tensor, plan: DecodePlan) -> None:
-            decode_attention(
-                parts,
-                inputs,
-                cache,
-                positions=positions,
-                slots=slots,
-                tables=tables,
-                scale=self.dim**-0.5,
-                window=None,
-                plan=plan,
-                arrivals=arrivals,
-                out=out,
-            )
-
+        inputs = DecodeInputs(self)
         sms = num_multiprocessors(DEVICE)
-        chosen = DecodePlan.choose(self.rows, layout, self.dtype.itemsize, sms, self.context)
+        chosen = DecodePlan.choose(self.rows, inputs.layout, self.dtype.itemsize, sms, self.context)
         times: dict[object, float] = {}
         for plan in {chosen, *self._plans()}:
-            times[plan] = time_us([partial(ours, cache, plan) for cache in pool.unbind(1)])
-        report(str(self), self.num_bytes, chosen, times, self._flashinfer(query, pool, tables))
+            times[plan] = time_us(inputs.calls(plan))
+        report(str(self), self.num_bytes, chosen, times, self._flashinfer(inputs))
 
     def _plans(self) -> Iterator[DecodePlan]:
         for shares, (tile, stages, warps) in itertools.product(DECODE_SHARES[self.rows], DECODE_FORMS):
             if shares == 1 or self.context // shares >= tile:
                 yield DecodePlan(shares, tile, stages, warps)
 
-    def _flashinfer(self, query: Tensor, pool: Tensor, tables: Tensor) -> dict[str, float]:
+    def _flashinfer(self, inputs: "DecodeInputs") -> dict[str, float]:
         if self.dtype != torch.bfloat16 or not flashinfer.is_installed():
             return {}
         decode = FlashInferDecode(
             attention_shape(self.heads, self.kv_heads, self.dim),
             flashinfer.workspace(DEVICE),
             self.rows,
-            tables.numel(),
+            inputs.tables.numel(),
         )
         lengths = np.full(self.rows, self.context, np.int32)
-        decode.plan(flashinfer.PagedContext.of(tables.tolist(), lengths, BLOCK))
-        out = torch.empty_like(query)
-        return {"flashinfer": time_us([partial(decode.run, query, cache, out) for cache in pool.unbind(1)])}
+        decode.plan(flashinfer.PagedContext.of(inputs.tables.tolist(), lengths, BLOCK))
+        calls = [partial(decode.run, inputs.query, cache, inputs.out) for cache in inputs.pool.unbind(1)]
+        return {"flashinfer": time_us(calls)}
+
+
+class DecodeInputs:
+    """Random inputs of a case, with caches of several layers."""
+
+    def __init__(self, case: DecodeCase) -> None:
+        per_row = case.context // BLOCK
+        layers = max(2, min(16, int(2e9 / case.num_bytes)))
+        shape = (case.rows * per_row, layers, 2, case.kv_heads, BLOCK, case.dim)
+        self.pool = torch.empty(shape, device=DEVICE, dtype=torch.bfloat16).normal_().to(case.dtype)
+        self.layout = HeadLayout(case.heads, case.kv_heads, case.dim, 1e-5)
+        angles = torch.rand(2, case.context, case.dim // 2, device=DEVICE)
+        heads = HeadInputs(self.layout, None, None, (angles[0].cos(), angles[1].sin()))
+        width = (case.heads + 2 * case.kv_heads) * case.dim
+        parts = torch.randn(1, case.rows, width, device=DEVICE).bfloat16()
+        self.tables = torch.randperm(case.rows * per_row, device=DEVICE).int().view(case.rows, per_row)
+        self.query = parts[0].view(case.rows, -1, case.dim)[:, : case.heads].contiguous()
+        self.out = torch.empty_like(self.query)
+        self._attend = partial(
+            decode_attention,
+            parts,
+            heads,
+            positions=torch.full((case.rows,), case.context - 1, dtype=torch.int32, device=DEVICE),
+            slots=torch.arange(case.rows, dtype=torch.int32, device=DEVICE),
+            tables=self.tables,
+            scale=case.dim**-0.5,
+            window=None,
+            arrivals=torch.zeros(case.rows * case.kv_heads, dtype=torch.int32, device=DEVICE),
+            out=self.out,
+        )
+
+    def calls(self, plan: DecodePlan) -> list[Callable[[], object]]:
+        """One for each layer."""
+        return [partial(self._attend, cache, plan=plan) for cache in self.pool.unbind(1)]
 
 
 def attention_shape(heads: int, kv_heads: int, dim: int) -> flashinfer.AttentionShape:
@@ -259,6 +288,11 @@ def measure_prompts(cached: int, rows: int = 4, length: int = 2048) -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    parts = {"linear": measure_linear, "decode": measure_decode, "prefill": measure_prefill}
+    parts = {
+        "linear": measure_linear,
+        "gated": measure_gated,
+        "decode": measure_decode,
+        "prefill": measure_prefill,
+    }
     for part in sys.argv[1:] or parts:
         parts[part]()

@@ -62,7 +62,7 @@ def _join(
 
 @triton.jit
 def _load(
-    cache, described, head, table, at, stop, block_stride, kv_stride, head_line,
+    described, head, head_line, table, at, stop, block_stride, kv_stride,
     DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """As `load_tile`; the descriptor shows the cache as lines of one token of one kv head, `head_line` those before."""
@@ -76,6 +76,43 @@ def _load(
     else:
         k, v = load_tile(head, table, at, stop, block_stride, kv_stride, DIM, BLOCK_TOKENS, TILE, WHOLE, True)
     return k, v
+
+
+@triton.jit
+def _walk(
+    query, key, value, described, head, head_line, table, start, stop, position, is_first,
+    block_stride, kv_stride, factor,
+    GROUP_LANES: tl.constexpr, DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr,
+    WINDOW: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """The running softmax (attention_tile_triton.py, turned) over a share, and in the first one the row itself."""
+    own_score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * factor
+    highest = tl.where(is_first, own_score, -float("inf"))
+    mass = tl.where(is_first, 1.0, tl.zeros([GROUP_LANES], tl.float32))
+    total = tl.where(is_first, value.to(tl.float32).T, tl.zeros([DIM, GROUP_LANES], tl.float32))
+    whole = start + (stop - start) // TILE * TILE
+    for at in tl.range(start, whole, TILE, num_stages=STAGES):
+        k, v = _load(
+            described, head, head_line, table, at, stop, block_stride, kv_stride,
+            DIM, BLOCK_TOKENS, TILE, True, DESCRIBED,
+        )  # fmt: skip
+        visible = at + tl.arange(0, TILE) > position - WINDOW
+        highest, mass, total = take_tile(
+            query.T, k, v, visible[:, None], factor, highest, mass, total, WINDOW > 0, True, PRECISION
+        )
+    if whole < stop:
+        k, v = _load(
+            described, head, head_line, table, whole, stop, block_stride, kv_stride,
+            DIM, BLOCK_TOKENS, TILE, False, DESCRIBED,
+        )  # fmt: skip
+        tokens = whole + tl.arange(0, TILE)
+        visible = tokens < stop
+        if WINDOW > 0:
+            visible = visible & (tokens > position - WINDOW)
+        highest, mass, total = take_tile(
+            query.T, k, v, visible[:, None], factor, highest, mass, total, True, True, PRECISION
+        )
+    return highest, mass, total
 
 
 @triton.jit(do_not_specialize=["table_stride"])
@@ -130,34 +167,11 @@ def _decode(
             slot = head + block * block_stride + (position % BLOCK_TOKENS) * DIM + dims[None, :]
             tl.store(slot, key)
             tl.store(slot + kv_stride, value)
-        factor = scale * LOG2E
-        own_score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * factor
-        highest = tl.where(share == 0, own_score, -float("inf"))
-        mass = tl.where(share == 0, 1.0, tl.zeros([GROUP_LANES], tl.float32))
-        total = tl.where(share == 0, value.to(tl.float32).T, tl.zeros([DIM, GROUP_LANES], tl.float32))
-        head_line = kv_head * (head_stride // DIM).to(tl.int32)
-        whole = start + (stop - start) // TILE * TILE
-        for at in tl.range(start, whole, TILE, num_stages=STAGES):
-            k, v = _load(
-                cache, described, head, table, at, stop, block_stride, kv_stride, head_line,
-                DIM, BLOCK_TOKENS, TILE, True, DESCRIBED,
-            )  # fmt: skip
-            visible = at + tl.arange(0, TILE) > position - WINDOW
-            highest, mass, total = take_tile(
-                query.T, k, v, visible[:, None], factor, highest, mass, total, WINDOW > 0, True, PRECISION
-            )
-        if whole < stop:
-            k, v = _load(
-                cache, described, head, table, whole, stop, block_stride, kv_stride, head_line,
-                DIM, BLOCK_TOKENS, TILE, False, DESCRIBED,
-            )  # fmt: skip
-            tokens = whole + tl.arange(0, TILE)
-            visible = tokens < stop
-            if WINDOW > 0:
-                visible = visible & (tokens > position - WINDOW)
-            highest, mass, total = take_tile(
-                query.T, k, v, visible[:, None], factor, highest, mass, total, True, True, PRECISION
-            )
+        highest, mass, total = _walk(
+            query, key, value, described, head, kv_head * (head_stride // DIM).to(tl.int32), table,
+            start, stop, position, share == 0, block_stride, kv_stride, scale * LOG2E,
+            GROUP_LANES, DIM, BLOCK_TOKENS, TILE, WINDOW, STAGES, PRECISION, DESCRIBED,
+        )  # fmt: skip
         if SHARES == 1:
             release(PDL)
         total = (total / mass[None, :]).T
@@ -202,7 +216,7 @@ class DecodePlan:
 
 
 def _lanes(layout: HeadLayout) -> int:
-    return max(_MIN_GROUP, triton.next_power_of_2(layout.num_heads // layout.num_kv_heads))
+    return max(_MIN_GROUP, int(triton.next_power_of_2(layout.num_heads // layout.num_kv_heads)))
 
 
 def _described(cache: Tensor, tile: int) -> TensorDescriptor | None:

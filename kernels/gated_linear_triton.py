@@ -71,7 +71,7 @@ def pays(rows: int, weight: Tensor, num_sms: int) -> bool:
 
 
 def _num_tiles(rows: int, inner: int) -> int:
-    return triton.cdiv(rows, _BLOCK_M) * triton.cdiv(inner, _BLOCK_N)
+    return -(-rows // _BLOCK_M) * -(-inner // _BLOCK_N)
 
 
 def gated_linear(x: Tensor, weight: Tensor, num_sms: int) -> Tensor:
