@@ -1,7 +1,7 @@
 #!/bin/bash
 # Checks and measures what needs one GPU; each part under its own limit, and one that fails stops no other.
 #
-#   OUT=folder benchmarks/gpu/check.sh [setup|attention|tests|model|serve|steps|variants|kernels|fp8|tp ...]  (tp: two GPUs)
+#   OUT=folder benchmarks/gpu/check.sh [setup|attention|tests|model|serve|steps|variants|kernels|power|fp8|tp ...]  (tp: two GPUs)
 #
 # Wheels of what the machine's Python lacks may lie in .whl/; DIPTYCH_TEST_MODEL names the small model's GGUF file.
 set -u
@@ -29,8 +29,8 @@ for wanted in "${@:-setup attention tests serve steps variants kernels}"; do
         setup) nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv ;;
         attention) part attention 200 python3 benchmarks/gpu_kernels.py prefill ;; # compiles flashinfer's, too
         tests)
-            part tests_worker 200 "${tests[@]}" --timeout 90 -m "gpu and not model" -k "not flashinfer" tests/worker &
-            part tests_kernels 200 "${tests[@]}" --timeout 90 -m gpu tests/kernels
+            part tests_worker 300 "${tests[@]}" --timeout 90 -m "gpu and not model" -k "not flashinfer" tests/worker &
+            part tests_kernels 300 "${tests[@]}" --timeout 90 -m gpu tests/kernels
             wait
             ;;
         model) part model 200 "${tests[@]}" --timeout 190 -m model tests/worker/test_cuda_runner.py ;;
@@ -55,7 +55,8 @@ for wanted in "${@:-setup attention tests serve steps variants kernels}"; do
             part tp_speed 280 python3 benchmarks/gpu_tp.py --part speed --output "$OUT/tp_speed.json"
             ;;
         variants) part variants 200 python3 benchmarks/gpu_variants.py --output "$OUT/variants.json" ;;
-        kernels) part kernels 200 python3 benchmarks/gpu_kernels.py linear decode ;;
+        kernels) part kernels 200 python3 benchmarks/gpu_kernels.py linear gated decode ;;
+        power) part power 90 python3 benchmarks/gpu_power.py --output "$OUT/power.json" ;;
         fp8)
             files=(tests/worker/test_cuda_fp8.py tests/kernels/test_fp8_triton.py)
             part fp8_tests 100 "${tests[@]}" --timeout 90 -m gpu -k "not True and not flashinfer" "${files[@]}"
@@ -66,7 +67,7 @@ for wanted in "${@:-setup attention tests serve steps variants kernels}"; do
             part fp8_flashinfer 150 "${tests[@]}" --timeout 140 -m gpu -k "True or flashinfer" "${files[@]}"
             part fp8_kernels 100 python3 benchmarks/gpu_fp8_kernels.py
             ;;
-        *) echo "no part $name: setup, attention, tests, model, serve, steps, variants, kernels, fp8, tp" ;;
+        *) echo "no part $name: setup, attention, tests, model, serve, steps, variants, kernels, power, fp8, tp" ;;
         esac
     done
 done
