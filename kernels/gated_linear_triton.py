@@ -64,7 +64,6 @@ def pays(rows: int, weight: Tensor, num_sms: int) -> bool:
     tiles = _num_tiles(rows, inner)
     return (
         rows >= _LEAST_ROWS
-        and weight.itemsize == 2
         and inner % _ALIGN == inputs % _ALIGN == 0
         and 10 * tiles >= 9 * num_sms * triton.cdiv(tiles, num_sms)
     )

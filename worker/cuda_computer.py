@@ -82,9 +82,11 @@ class CudaComputer:
 
     @torch.inference_mode()
     def reserved_bytes(self) -> int:
-        """Runs the largest prefill and the largest steps of graphs, which share memory, over a scratch block."""
+        """Runs the largest prefills and the largest steps of graphs, which share memory, over a scratch block."""
         rows, sequences = self._settings.max_num_tokens, self._settings.max_batch_size
-        prefill = self._peak_bytes(rows, min(rows, sequences))
+        prefill = max(
+            self._peak_bytes(count, min(count, sequences)) for count in self._network.largest_steps(rows)
+        )
         mixed_rows = mixed_sizes(rows)[-1]
         graphs = max(
             self._peak_bytes(self._graph_rows, self._graph_rows),

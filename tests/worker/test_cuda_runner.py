@@ -63,6 +63,18 @@ def weights_of(config):
     return {name: weight * 5 if weight.ndim > 1 else weight for name, weight in dummy_weights(config).items()}
 
 
+def test_memory_is_measured_for_each_way_to_compute_prompts(monkeypatch):
+    """A gate apart takes more memory than gate and up in one product, of fewer rows too."""
+    from diptych.worker.models import cuda_network
+
+    monkeypatch.setattr(cuda_network, "num_multiprocessors", lambda device: 8)
+    config = config_of("bfloat16")  # two tiles of gate and up for each 128 rows
+    network = cuda_network.CudaNetwork(config, dummy_weights(config), torch.device("cpu"), 512)
+    assert network.largest_steps(64) == [64]
+    assert network.largest_steps(1024) == [896, 1024]
+    assert network.largest_steps(1030) == [1024, 1030]
+
+
 def reference_logits(config, weights, request, outputs):
     """What a float32 model on the CPU says at each output, given the outputs before it: `[outputs, vocab]`."""
     wide = dataclasses.replace(config, dtype="float32")

@@ -161,6 +161,14 @@ class CudaNetwork:
         )
         return sum(layers) + self._head.weight.nbytes
 
+    def largest_steps(self, most: int) -> list[int]:
+        """Up to `most` rows, the largest number for each way to compute prompts, which differ in memory and kernels."""
+        linear = self._layers[0].gate_up
+        if isinstance(linear, Fp8PartsLinear):
+            return [most]
+        ways = {pays(rows, linear.weight, linear.num_sms): rows for rows in range(1, most + 1)}
+        return sorted(ways.values())
+
     def forward(self, rows: Rows, pool: Tensor) -> Tensor:
         """Writes the rows' K and V into the pool; `[R, vocab]` float32 logits."""
         eps = self.config.rms_norm_eps
