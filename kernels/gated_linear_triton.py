@@ -3,6 +3,9 @@
 cuBLAS has no such product: the gate would be a kernel of its own, which reads and writes three times what comes out
 here. A program walks over tiles; the copy engine fetches the next tile's inputs while it gates this one. A tile of
 gate and the one of up beside it are one operand, so that the matrix unit reads the rows once for both.
+
+It is launched when the kernel before has ended: as its dependent (dependent_launch_triton.py) its programs would wait
+on multiprocessors that the norm of so many rows still needs.
 """
 
 import torch
@@ -10,9 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
-
-from diptych.kernels.dependent_launch_triton import wait
-from diptych.kernels.gpu import chained
 
 _BLOCK_M = 128
 _BLOCK_N = 128  # of gate, and as many of up
@@ -36,12 +36,10 @@ def _place(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 def _gated(
     x, weight, out, num_rows, inputs, inner,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
     """`x`, `weight` [2, inner, inputs] and `out` are descriptors: zeros beyond the tensor, and no writes."""
     tiles_m = tl.cdiv(num_rows, BLOCK_M)
     tiles_n = tl.cdiv(inner, BLOCK_N)
-    wait(PDL)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
         m, n = _place(tile, tiles_m, tiles_n, GROUP)
         both = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
@@ -87,6 +85,5 @@ def gated_linear(x: Tensor, weight: Tensor, num_sms: int) -> Tensor:
         TensorDescriptor.from_tensor(out, [_BLOCK_M, _BLOCK_N]),
         rows, inputs, inner,
         BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K, STAGES=_STAGES, GROUP=_GROUP, num_warps=8,
-        **chained(x.device),
     )  # fmt: skip
     return out
