@@ -26,6 +26,7 @@ from diptych.kernels.rope_triton import HeadInputs, HeadLayout, head_values, sto
 
 _MIN_GROUP = 8  # the least columns of the matrix unit
 _WARP_NUMBERS = 2048  # of float32 that a warp can hold beside what it computes with
+_MAX_LINES = 2**31 - 1  # the kernel counts them in 32 bits
 _SHARE_TOKENS = 1024  # of a share of the longest context, where there are enough programs without
 
 
@@ -222,11 +223,11 @@ def _lanes(layout: HeadLayout) -> int:
 def _described(cache: Tensor, tile: int) -> TensorDescriptor | None:
     """One layer's cache as lines `[tokens of all kv heads of all blocks, dim]`, if tiles can be had from it so."""
     num_blocks, _, kv_heads, block_tokens, dim = cache.shape
-    strides = cache.stride()
-    if cache.itemsize > 2 or block_tokens % tile or any(stride % dim for stride in strides[:3]):
+    per_block, per_kind, per_head = (stride // dim for stride in cache.stride()[:3])
+    lines = (num_blocks - 1) * per_block + per_kind + kv_heads * per_head
+    if cache.itemsize > 2 or block_tokens % tile or lines > _MAX_LINES:
         return None
-    numbers = (num_blocks - 1) * strides[0] + strides[1] + kv_heads * strides[2]
-    return TensorDescriptor(cache, [numbers // dim, dim], [dim, 1], [tile, dim])
+    return TensorDescriptor(cache, [lines, dim], [dim, 1], [tile, dim])
 
 
 def decode_attention(
@@ -246,8 +247,8 @@ def decode_attention(
     """`[S, T, (heads + 2 kv heads) * dim]` products to attended values `out` [T, heads, dim]; K and V into `cache`.
 
     Row r is at `positions[r]` of the sequence with the blocks `tables[slots[r]]`; a row with a negative position is
-    padding and gives zeros. `cache` is `[num_blocks, 2, kv heads, tokens per block, dim]`, strided. `dim` is a
-    power of two. Integers are int32. `arrivals` [at least T * kv heads] is zero before and after.
+    padding and gives zeros. `cache` is `[num_blocks, 2, kv heads, tokens per block, dim]`, strided by multiples of
+    `dim`, which is a power of two. Integers are int32. `arrivals` [at least T * kv heads] is zero before and after.
     """
     splits, rows, _ = parts.shape
     layout = inputs.layout
