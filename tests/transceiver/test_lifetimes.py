@@ -12,12 +12,12 @@ from diptych.transceiver.settings import FetchDone
 
 
 def test_a_long_fetch_renews_its_lease(nodes, gate: Gate, transport):
-    owner = nodes(seed=1, backends=(transport,), lease_s=0.3)
+    owner = nodes(seed=1, backends=(transport,), lease_s=1.0)  # a first connection may take half of it
     reader = nodes(seed=2, backends=(transport,))
     ticket_id, ticket = owner.offer([1])
     fetch_id = reader.transceiver.fetch(ticket, [0], [0])
     gate.wait()
-    limit = time.monotonic() + 1.0  # more than three leases
+    limit = time.monotonic() + 2.0  # two leases more
     with pytest.raises(AssertionError, match="no such event"):
         owner.ended(ticket_id, patience_s=limit - time.monotonic())
     gate.open.set()
