@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -71,8 +71,8 @@ DECODE_FORMS = (
 DECODE_SHARES = {1: (8, 16), 8: (2, 4, 8), 64: (1, 2), 256: (1,)}
 
 
-def time_us(calls: list[Callable[[], object]]) -> float:
-    """Median microseconds of one of the calls, all in one CUDA graph."""
+def captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """The calls one after the other, compiled before."""
     for call in calls:
         call()
     torch.cuda.synchronize()
@@ -80,6 +80,12 @@ def time_us(calls: list[Callable[[], object]]) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
+    return graph
+
+
+def time_us(calls: Sequence[Callable[[], object]]) -> float:
+    """Median microseconds of one of the calls, all in one CUDA graph."""
+    graph = captured(calls)
     times = []
     for _ in range(12):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -13,6 +13,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_kernels import DEVICE, WEIGHTS, DecodeCase, DecodeInputs, gate_apart
+from gpu_kernels import DEVICE, WEIGHTS, DecodeCase, DecodeInputs, captured, gate_apart
 
 from diptych.kernels.decode_attention_triton import DecodePlan
 from diptych.kernels.gated_linear_triton import gated_linear
@@ -62,13 +63,7 @@ class Smi:
 
 def sustain(calls: list[Callable[[], object]], smi: Smi, seconds: float) -> dict[str, float]:
     """Microseconds of a call, watts and MHz, of calls that follow each other for so long."""
-    for call in calls:  # compiles
-        call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    torch.cuda.synchronize()
+    graph = captured(calls)
     began = time.monotonic()
     times: list[float] = []
     while time.monotonic() < began + seconds:
@@ -113,24 +108,16 @@ def products(rows: int) -> list[Callable[[], object]]:
     return [layer() for _ in range(4)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seconds", type=float, default=1.0)
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
-    smi = Smi()
+def measure(smi: Smi, seconds: float) -> list[dict[str, Any]]:
     cases: list[dict[str, Any]] = []
 
     def report(name: str, calls: list[Callable[[], object]]) -> float:
-        found = sustain(calls, smi, arguments.seconds)
+        found = sustain(calls, smi, seconds)
         cases.append({"case": name, **found})
         shown = " ".join(f"{key}={value:.1f}" for key, value in found.items())
         print(f"{name}: {shown}", flush=True)
         return found["us"]
 
-    torch.manual_seed(0)
     num_bytes, calls = copies()
     copy_rate = num_bytes / report("copy", calls)
     del calls
@@ -148,7 +135,19 @@ def main() -> None:
     report("gate and up of 8192 rows, gate apart", [partial(gate_apart, x, weight) for weight in weights])
     sms = num_multiprocessors(DEVICE)
     report("gate and up of 8192 rows, gated", [partial(gated_linear, x, weight, sms) for weight in weights])
-    smi.close()
+    return cases
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    with closing(Smi()) as smi:
+        cases = measure(smi, arguments.seconds)
     if arguments.output is not None:
         found = {
             "device": torch.cuda.get_device_name(),

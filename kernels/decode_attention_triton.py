@@ -8,7 +8,7 @@ Each program turns its queries itself (rope_triton.py). The row's own key and va
 first share starts with them and puts them into the cache, so nobody waits for the cache to be written.
 
 A GPU that reads at the speed of its memory is near its power limit: what counts is how few instructions a token takes.
-Tiles of 16-bit numbers come through a tensor descriptor, and only a share's last tile is masked.
+Tiles come through a tensor descriptor where blocks hold whole ones, and only a share's last tile is masked.
 """
 
 from dataclasses import dataclass
@@ -62,21 +62,58 @@ def _join(
 
 
 @triton.jit
-def _load(
-    described, head, head_line, table, at, stop, block_stride, kv_stride,
-    DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr, DESCRIBED: tl.constexpr,
+def _heads(
+    parts, bias, q_norm, k_norm, cos, sin, row, position, kv_head, group, mine, split_stride, eps, cache, out,
+    num_heads: tl.constexpr, num_kv_heads: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+    SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
-    """As `load_tile`; the descriptor shows the cache as lines of one token of one kv head, `head_line` those before."""
+    """A row's queries `[lanes, dim]` of one kv head, and its key and value `[1, dim]` as the cache has them."""
+    dims = tl.arange(0, DIM)
+    line = row * (num_heads + 2 * num_kv_heads) * DIM
+    query = turned(
+        parts, bias, q_norm, k_norm, cos, sin, line, position, kv_head * GROUP + group, dims, True, True, mine,
+        split_stride, eps, DIM, SPLITS, HAS_BIAS, HAS_NORM,
+    ).to(out.dtype.element_ty)  # fmt: skip
+    own = num_heads + kv_head + tl.arange(0, 1)
+    all_dims = (dims < DIM)[None, :]
+    key = turned(
+        parts, bias, q_norm, k_norm, cos, sin, line, position, own, dims, False, True, all_dims,
+        split_stride, eps, DIM, SPLITS, HAS_BIAS, HAS_NORM,
+    )  # fmt: skip
+    value = head_values(
+        parts, bias, line, own + num_kv_heads, dims, all_dims, split_stride, DIM, SPLITS, HAS_BIAS
+    )
+    return query, stored(key, cache), stored(value, cache)
+
+
+@triton.jit
+def _take(
+    query, described, head, head_line, table, at, stop, position, block_stride, kv_stride, factor,
+    highest, mass, total,
+    DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIBED: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """The tile from `at` on into the running softmax; WHOLE: all of it is before `stop`.
+
+    The descriptor shows the cache as lines of one token of one kv head, `head_line` of them before this head's.
+    """
+    tokens = at + tl.arange(0, TILE)
     if DESCRIBED:
         block = tl.load(table + at // BLOCK_TOKENS)
         line = block * (block_stride // DIM).to(tl.int32) + head_line + at % BLOCK_TOKENS
         k = described.load([line, 0])
         v = described.load([line + (kv_stride // DIM).to(tl.int32), 0])
         if not WHOLE:  # what hides the other keys is their score
-            v = tl.where((at + tl.arange(0, TILE) < stop)[:, None], v, 0.0)
+            v = tl.where((tokens < stop)[:, None], v, 0.0)
     else:
         k, v = load_tile(head, table, at, stop, block_stride, kv_stride, DIM, BLOCK_TOKENS, TILE, WHOLE, True)
-    return k, v
+    hides: tl.constexpr = WINDOW > 0 or not WHOLE
+    visible = tokens > position - WINDOW
+    if WINDOW == 0:
+        visible = tokens < stop
+    elif not WHOLE:
+        visible = (tokens < stop) & visible
+    return take_tile(query.T, k, v, visible[:, None], factor, highest, mass, total, hides, True, PRECISION)
 
 
 @triton.jit
@@ -93,26 +130,15 @@ def _walk(
     total = tl.where(is_first, value.to(tl.float32).T, tl.zeros([DIM, GROUP_LANES], tl.float32))
     whole = start + (stop - start) // TILE * TILE
     for at in tl.range(start, whole, TILE, num_stages=STAGES):
-        k, v = _load(
-            described, head, head_line, table, at, stop, block_stride, kv_stride,
-            DIM, BLOCK_TOKENS, TILE, True, DESCRIBED,
+        highest, mass, total = _take(
+            query, described, head, head_line, table, at, stop, position, block_stride, kv_stride, factor,
+            highest, mass, total, DIM, BLOCK_TOKENS, TILE, WINDOW, PRECISION, DESCRIBED, True,
         )  # fmt: skip
-        visible = at + tl.arange(0, TILE) > position - WINDOW
-        highest, mass, total = take_tile(
-            query.T, k, v, visible[:, None], factor, highest, mass, total, WINDOW > 0, True, PRECISION
-        )
     if whole < stop:
-        k, v = _load(
-            described, head, head_line, table, whole, stop, block_stride, kv_stride,
-            DIM, BLOCK_TOKENS, TILE, False, DESCRIBED,
+        highest, mass, total = _take(
+            query, described, head, head_line, table, whole, stop, position, block_stride, kv_stride, factor,
+            highest, mass, total, DIM, BLOCK_TOKENS, TILE, WINDOW, PRECISION, DESCRIBED, False,
         )  # fmt: skip
-        tokens = whole + tl.arange(0, TILE)
-        visible = tokens < stop
-        if WINDOW > 0:
-            visible = visible & (tokens > position - WINDOW)
-        highest, mass, total = take_tile(
-            query.T, k, v, visible[:, None], factor, highest, mass, total, True, True, PRECISION
-        )
     return highest, mass, total
 
 
@@ -147,22 +173,10 @@ def _decode(
         head = cache + kv_head * head_stride
         start = begin + share * length
         stop = tl.minimum(start + length, position)
-        line = row * (num_heads + 2 * num_kv_heads) * DIM
-        query = turned(
-            parts, bias, q_norm, k_norm, cos, sin, line, position, kv_head * GROUP + group, dims, True, True, mine,
-            split_stride, eps, DIM, SPLITS, HAS_BIAS, HAS_NORM,
-        ).to(out.dtype.element_ty)  # fmt: skip
-        own = num_heads + kv_head + tl.arange(0, 1)
-        all_dims = (dims < DIM)[None, :]
-        key = turned(
-            parts, bias, q_norm, k_norm, cos, sin, line, position, own, dims, False, True, all_dims,
-            split_stride, eps, DIM, SPLITS, HAS_BIAS, HAS_NORM,
+        query, key, value = _heads(
+            parts, bias, q_norm, k_norm, cos, sin, row, position, kv_head, group, mine, split_stride, eps, cache, out,
+            num_heads, num_kv_heads, GROUP, DIM, SPLITS, HAS_BIAS, HAS_NORM,
         )  # fmt: skip
-        key = stored(key, cache)
-        value = head_values(
-            parts, bias, line, own + num_kv_heads, dims, all_dims, split_stride, DIM, SPLITS, HAS_BIAS
-        )
-        value = stored(value, cache)
         if share == 0:
             block = tl.load(table + position // BLOCK_TOKENS).to(tl.int64)
             slot = head + block * block_stride + (position % BLOCK_TOKENS) * DIM + dims[None, :]

@@ -23,26 +23,10 @@ Int32s = npt.NDArray[np.int32]
 
 @triton.jit(do_not_specialize=["table_stride"])
 def _attend(
-    query,
-    cache,
-    runs,
-    slots,
-    tables,
-    out,
-    scale,
-    table_stride,
-    block_stride,
-    kv_stride,
-    head_stride,
-    num_heads: tl.constexpr,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    query, cache, runs, slots, tables, out, scale, table_stride, block_stride, kv_stride, head_stride,
+    num_heads: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     head = tl.program_id(0)
     run = tl.program_id(1)
     first_row = tl.load(runs + 3 * run)
