@@ -16,9 +16,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def load_tile(
     cache, table, at, stop, block_stride, kv_stride,
-    DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr, TURNED: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values `[tile, dim]` of one kv head, the TILE tokens from `at` on; keys `[dim, tile]` unless TURNED.
+    """Keys and values `[tile, dim]` of one kv head, the TILE tokens from `at` on.
 
     From `stop` on they are zeros. WHOLE: there are none of those, which saves a third of the instructions.
     """
@@ -30,16 +30,11 @@ def load_tile(
     else:
         block = tl.load(table + tokens // BLOCK_TOKENS, mask=tokens < stop, other=0).to(tl.int64)
         places = cache + block * block_stride + tokens % BLOCK_TOKENS * DIM
-    axis: tl.constexpr = 1 if TURNED else 0
-    keys = tl.expand_dims(places, axis) + tl.expand_dims(dims, 1 - axis)
-    values = places[:, None] + kv_stride + dims[None, :]
+    keys = places[:, None] + dims[None, :]
     if WHOLE:
-        return tl.load(keys), tl.load(values)
-    inside = tokens < stop
-    return (
-        tl.load(keys, mask=tl.expand_dims(inside, axis), other=0.0),
-        tl.load(values, mask=inside[:, None], other=0.0),
-    )
+        return tl.load(keys), tl.load(keys + kv_stride)
+    inside = (tokens < stop)[:, None]
+    return tl.load(keys, mask=inside, other=0.0), tl.load(keys + kv_stride, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -58,7 +53,7 @@ def take_tile(
     if TURNED:
         scores = tl.dot(k, query, input_precision=PRECISION) * factor
     else:
-        scores = tl.dot(query, k, input_precision=PRECISION) * factor
+        scores = tl.dot(query, k.T, input_precision=PRECISION) * factor
     if HIDES:
         scores = tl.where(visible, scores, -float("inf"))
     higher = tl.maximum(highest, tl.max(scores, tokens))

@@ -106,7 +106,7 @@ def _take(
         if not WHOLE:  # what hides the other keys is their score
             v = tl.where((tokens < stop)[:, None], v, 0.0)
     else:
-        k, v = load_tile(head, table, at, stop, block_stride, kv_stride, DIM, BLOCK_TOKENS, TILE, WHOLE, True)
+        k, v = load_tile(head, table, at, stop, block_stride, kv_stride, DIM, BLOCK_TOKENS, TILE, WHOLE)
     hides: tl.constexpr = WINDOW > 0 or not WHOLE
     visible = tokens > position - WINDOW
     if WINDOW == 0:

@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from diptych.kernels.gpu import shared_bytes
+
 _BLOCK_M = 128
 _BLOCK_N = 128  # of gate, and as many of up
 _BLOCK_K = 64
@@ -21,6 +23,7 @@ _STAGES = 3
 _GROUP = 16  # tiles of rows that share a column of the weight in the L2 cache
 _LEAST_ROWS = 512
 _ALIGN = 8  # numbers: the copy engine's lines are multiples of 16 bytes
+_SHARED_BYTES = 2 * (_STAGES * (_BLOCK_M + 2 * _BLOCK_N) * _BLOCK_K + _BLOCK_M * _BLOCK_N)  # and a few more
 
 
 @triton.jit
@@ -47,7 +50,6 @@ def _gated(
             values = x.load([m * BLOCK_M, at])
             weights = weight.load([0, n * BLOCK_N, at]).reshape(2 * BLOCK_N, BLOCK_K)
             both = tl.dot(values, weights.T, both)
-        m, n = _place(tile, tiles_m, tiles_n, GROUP)  # once more: nothing but sums lives as long as the loop
         gate, up = both.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()
         out.store([m * BLOCK_M, n * BLOCK_N], (gate * tl.sigmoid(gate) * up).to(out.dtype))
 
@@ -56,13 +58,14 @@ def pays(rows: int, weight: Tensor, num_sms: int) -> bool:
     """Whether `gated_linear` takes `[2 * inner, inputs]`, and cuBLAS with a gate apart would be slower.
 
     It is where the last round of tiles leaves few programs idle: measured on an H200, for 80 to 8192 rows, inner sizes
-    of 1536 to 14336 and inputs of 576 to 4096.
+    of 1536 to 14336 and inputs of 576 to 4096. GPUs before Hopper have too little shared memory.
     """
     inner, inputs = len(weight) // 2, weight.shape[1]
     tiles = _num_tiles(rows, inner)
     return (
         rows >= _LEAST_ROWS
         and inner % _ALIGN == inputs % _ALIGN == 0
+        and shared_bytes(weight.device) > _SHARED_BYTES
         and 10 * tiles >= 9 * num_sms * triton.cdiv(tiles, num_sms)
     )
 

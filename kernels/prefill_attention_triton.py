@@ -14,9 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from diptych.kernels.attention_tile_triton import LOG2E, load_tile, take_tile
+from diptych.kernels.gpu import shared_bytes
 
 _ROWS = 64
-_TILE = 64
+_STAGES = 2
 
 Int32s = npt.NDArray[np.int32]
 
@@ -53,16 +54,14 @@ def _attend(
     if WINDOW == 0:  # of these tiles every row sees all
         whole = tl.minimum(first_position, end) // TILE * TILE
     for at in range(begin, whole, TILE):
-        k, v = load_tile(start, table, at, end, block_stride, kv_stride, DIM, BLOCK_TOKENS, TILE, True, False)
+        k, v = load_tile(start, table, at, end, block_stride, kv_stride, DIM, BLOCK_TOKENS, TILE, True)
         highest, mass, total = take_tile(q, k, v, True, factor, highest, mass, total, False, False, PRECISION)
     for at in range(whole, end, TILE):
         tokens = at + tl.arange(0, TILE)
         visible = tokens[None, :] <= at_position[:, None]
         if WINDOW > 0:
             visible = visible & (tokens[None, :] > at_position[:, None] - WINDOW)
-        k, v = load_tile(
-            start, table, at, end, block_stride, kv_stride, DIM, BLOCK_TOKENS, TILE, False, False
-        )
+        k, v = load_tile(start, table, at, end, block_stride, kv_stride, DIM, BLOCK_TOKENS, TILE, False)
         highest, mass, total = take_tile(
             q, k, v, visible, factor, highest, mass, total, True, False, PRECISION
         )
@@ -101,6 +100,12 @@ class PrefillPlan:
         return cls(torch.from_numpy(runs_of(query_starts, first_positions)).to(device, non_blocking=True))
 
 
+def _tile(query: Tensor) -> int:
+    """Tokens at a time: what fits into shared memory beside the queries, keys and values of each stage."""
+    lines = shared_bytes(query.device) // (query.shape[-1] * query.itemsize)
+    return 64 if lines >= _ROWS + 2 * _STAGES * 64 else 32
+
+
 def prefill_attention(
     query: Tensor,
     cache: Tensor,
@@ -134,9 +139,9 @@ def prefill_attention(
         DIM=dim,
         BLOCK_TOKENS=block_tokens,
         ROWS=_ROWS,
-        TILE=_TILE,
+        TILE=_tile(query),
         WINDOW=window or 0,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=4,
-        num_stages=2,
+        num_stages=_STAGES,
     )

@@ -87,7 +87,7 @@ def load_computer(
         if device.type == "cuda" and settings.kernel != "torch":
             from diptych.worker.cuda_computer import unusable
 
-            reason = unusable(config)
+            reason = unusable(config, device)
             if reason is None:
                 return _load_cuda(settings, config, path, progress, ranks)
             log.warning("The fused GPU kernels are not used: %s. Torch runs the model, much slower.", reason)

@@ -28,6 +28,7 @@ from diptych.worker.settings import EngineSettings
 log = logging.getLogger(__name__)
 
 _MAX_GRAPH_ROWS = 512  # above, launches take little of a step
+_AMPERE = (8, 0)
 _HEAD_DIMS = (32, 64, 128, 256)
 _SPARE_BYTES = 1 << 30  # compiled kernels, graphs, and what the allocator loses in pieces
 _WARM_UP_DECODES = 32  # from here on, decode attention has one plan
@@ -36,8 +37,11 @@ _WARM_UP_ROWS = (*(MAX_ROWS >> shift for shift in range(3)), ADDED_ROWS)  # each
 _LOGITS_COPIES = 4  # of a step's logits, for rows that the host draws
 
 
-def unusable(config: ModelConfig) -> str | None:
-    """Why the kernels cannot run a model; None: they can."""
+def unusable(config: ModelConfig, device: torch.device) -> str | None:
+    """Why the kernels cannot run a model on a GPU; None: they can."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _AMPERE:
+        return f"the GPU's compute capability is {capability[0]}.{capability[1]}, and they need 8.0"
     if config.dtype == "float32":
         return "they compute in bfloat16 or float16, and the dtype is float32"
     if config.head_dim not in _HEAD_DIMS:

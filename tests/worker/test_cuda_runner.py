@@ -75,6 +75,15 @@ def test_memory_is_measured_for_each_way_to_compute_prompts(monkeypatch):
     assert network.largest_steps(1030) == [1024, 1030]
 
 
+@pytest.mark.parametrize(("capability", "reason"), [((7, 5), "7.5"), ((8, 0), None), ((12, 0), None)])
+def test_gpus_that_the_kernels_run_on(capability, reason, monkeypatch):
+    from diptych.worker.cuda_computer import unusable
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = unusable(config_of("bfloat16"), torch.device("cuda"))
+    assert (found is None) == (reason is None) and (reason or "") in (found or "")
+
+
 def reference_logits(config, weights, request, outputs):
     """What a float32 model on the CPU says at each output, given the outputs before it: `[outputs, vocab]`."""
     wide = dataclasses.replace(config, dtype="float32")
