@@ -14,10 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from diptych.kernels.attention_tile_triton import LOG2E, load_tile, take_tile
-from diptych.kernels.gpu import shared_bytes
 
 _ROWS = 64
-_STAGES = 2
+_TILE = 64
+_TILE_BYTES = 16 << 10  # of keys at most: fastest on an H200, and what GPUs with 99 KiB of shared memory have room for
 
 Int32s = npt.NDArray[np.int32]
 
@@ -100,12 +100,6 @@ class PrefillPlan:
         return cls(torch.from_numpy(runs_of(query_starts, first_positions)).to(device, non_blocking=True))
 
 
-def _tile(query: Tensor) -> int:
-    """Tokens at a time: what fits into shared memory beside the queries, keys and values of each stage."""
-    lines = shared_bytes(query.device) // (query.shape[-1] * query.itemsize)
-    return 64 if lines >= _ROWS + 2 * _STAGES * 64 else 32
-
-
 def prefill_attention(
     query: Tensor,
     cache: Tensor,
@@ -139,9 +133,9 @@ def prefill_attention(
         DIM=dim,
         BLOCK_TOKENS=block_tokens,
         ROWS=_ROWS,
-        TILE=_tile(query),
+        TILE=min(_TILE, _TILE_BYTES // (dim * query.itemsize)),
         WINDOW=window or 0,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=4,
-        num_stages=_STAGES,
+        num_stages=2,
     )
