@@ -17,7 +17,8 @@ from diptych.kernels.attention_tile_triton import LOG2E, load_tile, take_tile
 
 _ROWS = 64
 _TILE = 64
-_TILE_BYTES = 16 << 10  # of keys: fastest on an H200, and other GPUs have room for it in 99 KiB of shared memory
+# Of a tile of keys: fastest on an H200, and GPUs with 99 KiB of shared memory have room for it.
+_TILE_BYTES = 16 << 10
 
 Int32s = npt.NDArray[np.int32]
 
