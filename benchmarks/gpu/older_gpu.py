@@ -50,5 +50,5 @@ gpu.shared_bytes = lambda device: (
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     most = max(_compiled, key=_compiled.__getitem__, default="")
     terminalreporter.write_line(
-        f"compiled for sm_{_CAPABILITY}: {len(_compiled)} kernels; most shared memory: {_compiled.get(most, 0)} ({most})"
+        f"compiled for sm_{_CAPABILITY}: {len(_compiled)} kernels; most shared bytes: {_compiled.get(most, 0)} ({most})"
     )
