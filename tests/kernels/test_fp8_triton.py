@@ -158,8 +158,8 @@ def test_decode_attention(dtype, shape, window, shares, tile):
 def check_stored(stored, wide):
     expected = wide.clamp(-FP8_MAX, FP8_MAX).to(FP8).float()
     if ON_GPU:  # the interpreter loses the carry when it rounds to FP8
-        assert (stored.float() != expected).float().mean() < 2e-2, "near ties only"
-        assert error(stored.float(), expected) < 1e-2
+        assert (stored.float() != expected).float().mean() < 1e-2, "near ties only"
+        assert error(stored.float(), expected) < 1.5e-2
 
 
 class Prompts:
