@@ -20,7 +20,7 @@ def shared_bytes(device: torch.device) -> int:
     """Shared memory that one program may have; no limit in the interpreter."""
     if device.type != "cuda":
         return sys.maxsize
-    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub does not know all of them
+    properties: Any = torch.cuda.get_device_properties(device)  # its declared type lacks the field
     return int(properties.shared_memory_per_block_optin)
 
 

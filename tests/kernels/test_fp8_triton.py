@@ -17,6 +17,7 @@ from diptych.kernels.flashinfer_attention import (
 )
 from diptych.worker.models.fp8_weights import FP8, FP8_MAX
 from diptych.worker.models.fp8_weights import quantize_rows as quantize_in_torch
+from diptych.worker.precision import has_fp8
 from tests.kernels.test_triton_kernels import (
     DEVICE,
     INTERPRETED,
@@ -31,12 +32,13 @@ from tests.kernels.test_triton_kernels import (
 
 __all__ = ["poison"]
 
+# Before Hopper, float32 becomes FP8 by way of float16.
+ROUNDS_TWICE = ON_GPU and torch.cuda.get_device_capability() < (9, 0)
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="there is no GPU, and TRITON_INTERPRET is not 1"),
-    pytest.mark.skipif(
-        ON_GPU and torch.cuda.get_device_capability() < (8, 9), reason="this GPU does not compute with FP8"
-    ),
+    pytest.mark.skipif(ON_GPU and not has_fp8(DEVICE), reason="this GPU does not compute with FP8"),
 ]
 NARROW = [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16]
 
@@ -95,10 +97,9 @@ def test_quantize_rows(dtype, rows, width):
     expected, expected_scales = quantize_in_torch(x)
     assert values.dtype == FP8
     assert torch.allclose(scales[:, 0], expected_scales, rtol=1e-6)
-    # The largest number is the range's end. The kernel's division may be one place off, which rounds a few otherwise,
-    # and GPUs before Hopper round twice.
+    # The largest number is the range's end; the kernel's division may be one place off, which rounds a few otherwise.
     assert (values[:-1].float().abs().amax(1) == FP8_MAX).all()
-    assert (values.float() != expected.float()).float().mean() < 5e-3
+    assert (values.float() != expected.float()).float().mean() < (5e-3 if ROUNDS_TWICE else 1e-3)
     assert (values[-1].float() == 0).all()
 
 
@@ -159,7 +160,7 @@ def check_stored(stored, wide):
     expected = wide.clamp(-FP8_MAX, FP8_MAX).to(FP8).float()
     if ON_GPU:  # the interpreter loses the carry when it rounds to FP8
         assert (stored.float() != expected).float().mean() < 1e-2, "near ties only"
-        assert error(stored.float(), expected) < 1.5e-2
+        assert error(stored.float(), expected) < (1.5e-2 if ROUNDS_TWICE else 1e-2)
 
 
 class Prompts:

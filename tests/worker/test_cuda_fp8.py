@@ -7,6 +7,7 @@ from diptych.kernels.flashinfer_attention import is_installed
 from diptych.wire import SamplingParams
 from diptych.worker.models.fp8_weights import may_stay, quantize_rows, scale_name
 from diptych.worker.models.quantization import Quantization
+from diptych.worker.precision import has_fp8
 from tests.worker.test_cuda_runner import (
     DEVICE,
     NUM_TOKENS,
@@ -69,7 +70,7 @@ def test_tokens_are_likely_in_float32(case, fields, prompts):
     flashinfer = prompts == "flashinfer"
     if flashinfer and not (ON_GPU and is_installed() and "head_dim" not in fields):
         pytest.skip("flashinfer is not installed")
-    if ON_GPU and torch.cuda.get_device_capability(DEVICE) < (8, 9):
+    if ON_GPU and not has_fp8(DEVICE):
         pytest.skip("this GPU does not compute with FP8")
     quantization, max_num_tokens, largest, average = CASES[case]
     config = config_of("bfloat16" if ON_GPU else "float16", quantization=quantization, **fields)

@@ -13,10 +13,12 @@ from diptych.wire import SamplingParams, Submit
 from diptych.worker.mixed_graphs import MAX_ROWS, mixed_sizes
 from diptych.worker.models.quantization import Quantization
 from diptych.worker.plan import Chunk, StepPlan
+from diptych.worker.precision import has_fp8
 from diptych.worker.sequence import Sequence, Status
 from tests.worker import test_cuda_runner
 from tests.worker.test_cuda_runner import (
     BLOCK,
+    DEVICE,
     ON_GPU,
     check_greedy,
     config_of,
@@ -144,8 +146,7 @@ def error(actual, expected):
             {"quantization": Quantization(fp8_kv=True)},
             0.1,  # rounding may take another of its few numbers
             marks=pytest.mark.skipif(
-                ON_GPU and torch.cuda.get_device_capability() < (8, 9),
-                reason="this GPU does not compute with FP8",
+                ON_GPU and not has_fp8(DEVICE), reason="this GPU does not compute with FP8"
             ),
         ),
     ],
